@@ -1,0 +1,43 @@
+"""Tokens to chained block hashes: the only definition of "the same block". Knows no pool.
+
+A block is ``block_size`` consecutive tokens. Its hash covers its own tokens and, through its
+parent's hash, every token before it, so equal hashes mean equal prefixes: KV of one may be used
+for the other. BLAKE2b with 16 bytes: a collision would put one user's text into another's answer,
+so a short or non-cryptographic hash will not do.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+HASH_BYTES = 16
+_TOKEN = "I"  # unsigned 32-bit, native order; hashes are only compared between like machines
+
+
+def root_hash(model_id: str, cache_salt: str = "") -> bytes:
+    """Return the parent of every first block of a model (and salt): other models never match."""
+    return blake2b(f"{model_id}\0{cache_salt}".encode(), digest_size=HASH_BYTES).digest()
+
+
+def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Return the hash of one full block that follows ``parent``."""
+    return blake2b(parent + array(_TOKEN, tokens).tobytes(), digest_size=HASH_BYTES).digest()
+
+
+def block_hashes(tokens: Sequence[int], block_size: int, root: bytes) -> list[bytes]:
+    """Return the chained hashes of all full blocks of ``tokens``; a partial last block has none.
+
+    Raises ValueError when ``block_size`` is not positive.
+    """
+    if block_size <= 0:
+        raise ValueError(f"block_size must be positive, not {block_size}")
+    packed = memoryview(array(_TOKEN, tokens).tobytes())
+    step = block_size * array(_TOKEN).itemsize
+    hashes: list[bytes] = []
+    parent = root
+    for start in range(0, len(packed) - step + 1, step):
+        parent = blake2b(parent + packed[start : start + step], digest_size=HASH_BYTES).digest()
+        hashes.append(parent)
+    return hashes

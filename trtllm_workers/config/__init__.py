@@ -1,0 +1,1 @@
+"""Settings with their sources: engine YAML, environment, flags. Starts nothing."""

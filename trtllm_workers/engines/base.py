@@ -1,0 +1,92 @@
+"""The engine contract: tokens in, tokens out. Knows no text, no HTTP and no other process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from trtllm_workers.config.keys import EngineConfig
+from trtllm_workers.errors import EngineDead
+from trtllm_workers.types import EngineInfo, EngineStats, GenerateRequest, KvEvent, TokenChunk
+
+Deliver = Callable[[TokenChunk], None]
+
+
+def _ignore_progress(_done: float) -> None:
+    """Drop progress reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What every engine is built from.
+
+    ``on_progress`` is told the loaded share of the model, 0 to 1, from any thread.
+    ``extra`` holds engine-specific options that are not TensorRT-LLM keys (sim: ``cost_path``).
+    """
+
+    model_path: Path
+    config: EngineConfig
+    on_progress: Callable[[float], None] = _ignore_progress
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Guarantees every engine gives; tests/contract/test_engine.py checks each line.
+
+    * ``start`` loads the model and returns once ``submit`` may be called; it raises ConfigError for
+      what the operator can mend (missing folder, broken file, pool too small), naming the file or key.
+    * ``submit`` does not block; ``deliver`` is called on the event loop that ran ``start``, and all
+      chunks of one engine step are delivered in one iteration of that loop.
+    * ``submit`` raises RequestError (naming the field in ``param``) for what this engine cannot
+      honour, ContextTooLong when prompt + max_tokens exceed ``max_seq_len`` or the whole pool, and
+      then never calls ``deliver``. It raises EngineDead after the engine died or was closed.
+    * Every accepted request ends: the last chunk of a stream, and only it, has a finish_reason.
+      Nothing is delivered after it.
+    * Requests are concurrent; one that fails does not touch the others.
+    * Greedy tokens depend on prompt and model alone: not on batch mates, chunking of the prompt,
+      prefix reuse, or preemption. With a seed, the same holds for sampled tokens.
+    * ``abort`` ends a stream with FinishReason.ABORT within one engine step, and its blocks are free
+      then; of an unknown or finished request it does nothing.
+    * When the pool is full, running requests are preempted and finish later; no request is lost.
+    * A prompt whose leading blocks are cached reports ``cached_tokens``; at least the last prompt
+      token is always computed. Eviction takes least recently used cached blocks, never active ones.
+    * ``kv_events`` begins with a snapshot (CLEARED, then STORED) and continues without a gap;
+      sequence numbers grow by one. Several subscriptions may run.
+    * When all requests have ended, ``stats`` shows no active block.
+    * ``died`` returns the error when the engine cannot go on; open streams have then ended with
+      FinishReason.ERROR and code ``engine_dead``.
+    * ``close`` ends open streams with FinishReason.ABORT, is safe after a failed ``start``, and
+      safe twice; afterwards no thread or memory of the engine is left.
+    """
+
+    async def start(self) -> EngineInfo: ...
+
+    def submit(self, request: GenerateRequest, deliver: Deliver) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def kv_events(self) -> AsyncIterator[KvEvent]: ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def died(self) -> EngineDead: ...
+
+    async def close(self) -> None: ...
+
+
+async def generate(engine: Engine, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+    """Yield the chunks of one request; leaving the loop early aborts it."""
+    chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
+    engine.submit(request, chunks.put_nowait)
+    finished = False
+    try:
+        while not finished:
+            chunk = await chunks.get()
+            finished = chunk.finish_reason is not None
+            yield chunk
+    finally:
+        if not finished:
+            engine.abort(request.request_id)

@@ -1,0 +1,65 @@
+"""Engine names and where their parts live. Imports an engine only when asked for it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from trtllm_workers.config.keys import Key
+from trtllm_workers.engines.base import Engine, EngineOptions
+from trtllm_workers.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEntry:
+    """Import paths: ``keys`` is light (no torch), ``build`` may be heavy."""
+
+    keys: str
+    build: str
+
+
+ENGINES: dict[str, EngineEntry] = {
+    "sim": EngineEntry(
+        keys="trtllm_workers.engines.sim.settings:KEYS",
+        build="trtllm_workers.engines.sim.engine:build",
+    ),
+    "torch": EngineEntry(
+        keys="trtllm_workers.engines.torch.settings:KEYS",
+        build="trtllm_workers.engines.torch.engine:build",
+    ),
+}
+
+
+def _entry(name: str) -> EngineEntry:
+    try:
+        return ENGINES[name]
+    except KeyError:
+        raise ConfigError(
+            f"unknown engine '{name}'; choose one of: auto, {', '.join(sorted(ENGINES))}",
+            param="engine",
+        ) from None
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def engine_keys(name: str) -> Mapping[str, Key]:
+    """Return the engine-config keys that engine honours, without importing the engine itself."""
+    return cast("Mapping[str, Key]", _load(_entry(name).keys))
+
+
+def build_engine(name: str, options: EngineOptions) -> Engine:
+    """Build an engine (not started). Raises ConfigError naming the package to install."""
+    entry = _entry(name)
+    try:
+        return cast("Engine", _load(entry.build)(options))
+    except ModuleNotFoundError as missing:
+        raise ConfigError(
+            f"engine '{name}' needs the Python package '{missing.name}', which is not installed; "
+            f"run: pip install 'trtllm-launch[{name}]'",
+            param="engine",
+        ) from missing

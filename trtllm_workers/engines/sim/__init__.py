@@ -1,0 +1,1 @@
+"""The simulator engine: a scheduler on a clock that makes tokens without a model."""

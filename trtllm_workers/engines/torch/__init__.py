@@ -1,0 +1,1 @@
+"""The embedded engine: real Hugging Face models on torch, paged KV cache."""

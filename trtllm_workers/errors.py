@@ -1,0 +1,168 @@
+"""The error tree: what went wrong, and who must act. Knows no module of the project.
+
+::
+
+    LaunchError                    exit  HTTP  who acts
+    ├── ConfigError                   2   500  the operator: a flag, a variable, a YAML key
+    ├── StartError                    3   503  the operator: a process did not come up
+    ├── RequestError                  2   400  the caller: this request is wrong
+    │   ├── ModelNotFound             2   404
+    │   ├── ContextTooLong            2   400
+    │   ├── NotSupported              2   400  a field that no worker honours
+    │   └── TooLarge                  2   413
+    ├── Overloaded                    4   429  the caller may try again later
+    ├── Unavailable                   4   503  the caller may try again later; nothing is ready
+    ├── EngineError                   4   500  this request failed inside the engine
+    ├── EngineDead                    4   503  the worker: it drains and ends
+    └── PlaneError                    4   503  a message could not be moved
+        ├── FrameError                4   503  bytes that are no frame of ours
+        ├── AuthenticationFailed      4   503  a peer without the cluster secret
+        ├── StaleIncarnation          4   503  a peer that was restarted meanwhile
+        └── PeerLost                  4   503  the connection to a peer ended
+
+Only ``EngineDead`` ends a process. Exit codes: 0, 2 configuration, 3 launch, 4 engine died,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_INTERRUPTED = 130
+
+
+class LaunchError(Exception):
+    """Base of every error this project raises on purpose.
+
+    ``param`` names the request field, flag or YAML key at fault where there is one.
+    """
+
+    exit_code: ClassVar[int] = 4
+    http_status: ClassVar[int] = 500
+    error_type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ConfigError(LaunchError):
+    """A flag, variable or YAML key is wrong; the message says where and what to write."""
+
+    exit_code = 2
+    code = "configuration"
+
+
+class StartError(LaunchError):
+    """A process did not come up; the message names it and the step that failed."""
+
+    exit_code = 3
+    http_status = 503
+    code = "start_failed"
+
+
+class RequestError(LaunchError):
+    """The caller's request is wrong; ``param`` names the field."""
+
+    exit_code = 2
+    http_status = 400
+    error_type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ModelNotFound(RequestError):
+    """No model of that name is served here."""
+
+    http_status = 404
+    code = "model_not_found"
+
+
+class ContextTooLong(RequestError):
+    """Prompt and max_tokens together exceed what the model or the pool can hold."""
+
+    code = "context_length_exceeded"
+
+
+class NotSupported(RequestError):
+    """A field is known, but nothing here honours it; it is refused rather than ignored."""
+
+    code = "unsupported_parameter"
+
+
+class TooLarge(RequestError):
+    """The request body is larger than the ingress accepts."""
+
+    http_status = 413
+    code = "request_too_large"
+
+
+class Overloaded(LaunchError):
+    """The waiting line is full; the caller may try again."""
+
+    http_status = 429
+    error_type = "rate_limit_error"
+    code = "overloaded"
+
+
+class Unavailable(LaunchError):
+    """Nothing is ready to take the request."""
+
+    http_status = 503
+    code = "unavailable"
+
+
+class EngineError(LaunchError):
+    """This one request failed inside the engine; others go on."""
+
+    code = "engine_error"
+
+
+class EngineDead(LaunchError):
+    """The engine cannot go on; its worker drains and ends."""
+
+    http_status = 503
+    code = "engine_dead"
+
+
+class PlaneError(LaunchError):
+    """A message could not be moved between two processes."""
+
+    http_status = 503
+    code = "plane_error"
+
+
+class FrameError(PlaneError):
+    """Bytes arrived that are no frame of this protocol version."""
+
+    code = "bad_frame"
+
+
+class AuthenticationFailed(PlaneError):
+    """A peer does not hold the cluster secret."""
+
+    code = "authentication_failed"
+
+
+class StaleIncarnation(PlaneError):
+    """The peer at this address is not the one the record spoke of; it was restarted."""
+
+    code = "stale_incarnation"
+
+
+class PeerLost(PlaneError):
+    """The connection to a peer ended while streams depended on it."""
+
+    code = "worker_lost"
+
+
+def error_for_code(code: str, message: str, *, param: str | None = None) -> LaunchError:
+    """Rebuild an error from its wire form (``code`` and message); unknown codes are EngineError."""
+    return _BY_CODE.get(code, EngineError)(message, param=param)
+
+
+def _tree(root: type[LaunchError]) -> list[type[LaunchError]]:
+    return [root, *(leaf for child in root.__subclasses__() for leaf in _tree(child))]
+
+
+_BY_CODE: dict[str, type[LaunchError]] = {cls.code: cls for cls in _tree(LaunchError) if cls.code}

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP process. Knows workers only through discovery and the plane."""

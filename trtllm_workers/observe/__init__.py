@@ -1,0 +1,1 @@
+"""Metrics and structured logs. Knows names, not what they mean to the caller."""

@@ -1,0 +1,1 @@
+"""Moving messages: frames, the TCP mesh, discovery. Knows nothing of tokens' meaning."""

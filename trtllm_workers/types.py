@@ -1,0 +1,224 @@
+"""The vocabulary every floor shares: requests, chunks, roles, records. No behaviour, no I/O.
+
+Values are immutable. ``msgspec.Struct`` rather than a dataclass where a value is made once per
+token or crosses the wire: it is built in C and encodes itself.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Role(StrEnum):
+    """What a worker does."""
+
+    AGGREGATED = "aggregated"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    ENCODE = "encode"
+
+
+class Strategy(StrEnum):
+    """Who gets a disaggregated request first."""
+
+    DECODE_FIRST = "decode_first"
+    PREFILL_FIRST = "prefill_first"
+
+
+class FinishReason(StrEnum):
+    """Why a stream ended. ``stop`` is an eos or stop token id (or, in the ingress, a stop string)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens. Zero is a value, never "unset".
+
+    * ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off.
+    * ``seed`` None: the engine draws one; equal seeds give equal tokens on equal prompts,
+      whatever else runs.
+    * ``repetition_penalty`` (1 = off) counts prompt and output; ``presence_penalty`` and
+      ``frequency_penalty`` (0 = off) count output only.
+    * ``logprobs`` None = off, 0 = the chosen token only, k = the k best beside it; natural log of
+      the model's distribution before temperature, penalties and bias.
+    * ``min_tokens``: eos and stop ids cannot be sampled before that many tokens.
+    * ``logit_bias``: (token id, bias) pairs added to the logits.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt and one answer; ``n`` answers are n requests. Nobody mutates it.
+
+    ``cache_salt`` separates prefix caches: requests with different salts never share blocks.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    cache_salt: str = ""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probability of the chosen token, and of the best ones beside it."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class TokenChunk(msgspec.Struct, frozen=True, gc=False):
+    """What one engine step adds to one stream.
+
+    The last chunk, and only it, has ``finish_reason``. ``token_ids`` holds every token of the
+    answer that the caller should see: a final eos or stop id is not among them, but counts in
+    ``num_hidden_tokens`` (0 or 1) so that usage is right. ``logprobs`` runs parallel to
+    ``token_ids`` when asked for. ``cached_tokens`` is the same in every chunk of a stream: prompt
+    tokens taken from the prefix cache. ``error_code`` and ``error_message`` come with
+    ``FinishReason.ERROR``; ``stop_token_id`` with a ``STOP`` by id.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+    num_hidden_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    stop_token_id: int | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """How one block lies in memory: equal layouts can exchange blocks byte for byte.
+
+    A block is ``num_layers × 2 (K, V) × block_size × num_kv_heads × head_dim`` values of
+    ``dtype``, in the axis order named by ``order``.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+    order: str
+    block_bytes: int
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine is, known once it has started.
+
+    ``capabilities`` names the sampling fields it honours; the ingress refuses the others by name.
+    ``max_seq_len`` bounds prompt + output tokens of one request.
+    """
+
+    engine: str
+    model_path: str
+    model_id: str
+    block_size: int
+    num_blocks: int
+    max_seq_len: int
+    max_batch_size: int
+    max_num_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    layout: KvLayout | None = None
+    kv_transport: str = "none"
+    device: str = "cpu"
+    dtype: str = ""
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Load and counters of an engine now. Block counts add up: free + cached + active = total.
+
+    ``active`` blocks belong to running requests, ``cached`` ones are reusable and may be evicted.
+    Counters only grow.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    total_blocks: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    active_blocks: int = 0
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    aborts: int = 0
+    finished: int = 0
+
+
+class KvEventKind(StrEnum):
+    """What happened to cached blocks."""
+
+    STORED = "stored"
+    REMOVED = "removed"
+    CLEARED = "cleared"
+
+
+class KvEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of one worker's prefix cache.
+
+    ``seq`` grows by one per event of an engine's life, from 1. A subscription begins with a
+    snapshot: ``CLEARED`` and ``STORED`` events that all carry the sequence number the snapshot
+    was taken at. ``block_hashes`` of one ``STORED`` event chain: the first hangs on ``parent_hash`` (None =
+    a prompt's beginning). Blocks of 16-byte hashes as in ``blocks.py``.
+    """
+
+    seq: int
+    kind: KvEventKind
+    block_hashes: tuple[bytes, ...] = ()
+    parent_hash: bytes | None = None
+
+
+class WorkerState(StrEnum):
+    """Where a worker is in its life."""
+
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class Address(msgspec.Struct, frozen=True, array_like=True):
+    """Where a process listens, and which incarnation of it is meant."""
+
+    host: str
+    port: int
+    peer_id: str
+    incarnation: str
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.peer_id}@{host}:{self.port}"
+
+
+class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What discovery tells about one worker. ``model`` is the served name."""
+
+    worker_id: str
+    model: str
+    role: Role
+    address: Address
+    engine: EngineInfo
+    state: WorkerState = WorkerState.READY
+    started_at_s: float = 0.0

@@ -1,0 +1,1 @@
+"""A worker process: an engine behind the request plane. Knows no HTTP."""

@@ -93,8 +93,8 @@ class TokenChunk(msgspec.Struct, frozen=True, gc=False):
     answer that the caller should see: a final eos or stop id is not among them, but counts in
     ``num_hidden_tokens`` (0 or 1) so that usage is right. ``logprobs`` runs parallel to
     ``token_ids`` when asked for. ``cached_tokens`` is the same in every chunk of a stream: prompt
-    tokens taken from the prefix cache. ``error_code`` and ``error_message`` come with
-    ``FinishReason.ERROR``; ``stop_token_id`` with a ``STOP`` by id.
+    tokens taken from the prefix cache. ``error_code``, ``error_message`` and perhaps ``error_param``
+    (the request field at fault) come with ``FinishReason.ERROR``; ``stop_token_id`` with a ``STOP`` by id.
     """
 
     token_ids: tuple[int, ...]
@@ -105,6 +105,7 @@ class TokenChunk(msgspec.Struct, frozen=True, gc=False):
     stop_token_id: int | None = None
     error_code: str | None = None
     error_message: str | None = None
+    error_param: str | None = None
 
 
 class KvLayout(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ tests/contract/test_request_plane.py and tests/contract/test_discovery.py check 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from trtllm_workers.errors import PeerLost
@@ -40,7 +40,7 @@ class RequestPlane(Protocol):
     * ``connect`` returns an authenticated peer within ``timeout_s`` or raises: PeerLost (nobody
       there, says the address), AuthenticationFailed (secret differs), StaleIncarnation (another
       life answered). A live connection to the same peer is reused, whoever opened it.
-    * ``peer`` returns the live connection to an address, or None.
+    * ``peer`` returns the live connection to an address, or None; ``peers`` all live ones.
     * ``on_message`` runs on the event loop, in order per peer; nothing of a peer arrives before it
       has proven the secret. An exception in it closes that connection only.
     * ``on_lost`` is called once per connection when it ends, however it ends: closed, reset, silent
@@ -54,6 +54,7 @@ class RequestPlane(Protocol):
     async def start(self) -> None: ...
     async def connect(self, address: Address, timeout_s: float = 5.0) -> Peer: ...
     def peer(self, address: Address) -> Peer | None: ...
+    def peers(self) -> Sequence[Peer]: ...
     async def close(self) -> None: ...
 
 

@@ -1,14 +1,14 @@
 """The messages of the request plane, as values. How they become bytes is in ``frames.py``.
 
-From the ingress: Submit, Abort. From a worker: Tokens. Both ways: Ping, Pong, Drain. The handshake
-(Hello, Proof) belongs to the mesh and never reaches its users.
+From the ingress: Submit, Abort. From a worker: Tokens, WorkerStats, Drain. Both ways: Ping, Pong.
+The handshake (Hello, Proof) belongs to the mesh and never reaches its users.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from trtllm_workers.types import Address, GenerateRequest, TokenChunk
+from trtllm_workers.types import Address, EngineStats, GenerateRequest, TokenChunk
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
@@ -57,4 +57,15 @@ class Drain(msgspec.Struct, frozen=True, tag="drain", array_like=True):
     reason: str
 
 
-Message = Submit | Abort | Tokens | Ping | Pong | Drain
+class WorkerStats(msgspec.Struct, frozen=True, tag="stats", array_like=True):
+    """A worker's load, told to every connected ingress about once a second.
+
+    ``num_frames`` counts the Tokens messages sent so far: one per engine step and ingress.
+    """
+
+    worker_id: str
+    stats: EngineStats
+    num_frames: int
+
+
+Message = Submit | Abort | Tokens | Ping | Pong | Drain | WorkerStats

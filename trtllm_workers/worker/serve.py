@@ -1,0 +1,216 @@
+"""A worker's life: load the engine, listen, register, serve, drain, end. Knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from trtllm_workers.config.keys import EngineConfig
+from trtllm_workers.engines.base import Engine, EngineOptions
+from trtllm_workers.engines.registry import build_engine
+from trtllm_workers.errors import EngineDead, LaunchError
+from trtllm_workers.observe.status import StatusFile
+from trtllm_workers.planes.base import Discovery, Lease
+from trtllm_workers.planes.discovery import open_discovery
+from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
+from trtllm_workers.types import EngineInfo, Role, WorkerRecord, WorkerState
+from trtllm_workers.worker.service import WorkerService
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+STATS_INTERVAL_S = 1.0
+# How long the last chunks of aborted streams get to leave the engine and the socket.
+FLUSH_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """Everything ``serve_worker`` needs.
+
+    * ``discovery``: a discovery URL; ``secret``: the cluster secret.
+    * ``host``, ``port``: where ingresses reach the request plane (0: a free port);
+      ``advertise_host`` is the name they use for it (default: the same).
+    * ``drain_timeout_s``: on SIGTERM running streams get this long, then they are aborted.
+    * ``extra``: engine options that are not TensorRT-LLM keys, see ``EngineOptions``.
+    """
+
+    worker_id: str
+    model_path: Path
+    served_model_name: str
+    engine: str
+    engine_config: EngineConfig
+    discovery: str
+    secret: bytes
+    role: Role = Role.AGGREGATED
+    host: str = "127.0.0.1"
+    port: int = 0
+    advertise_host: str | None = None
+    status_file: Path | None = None
+    drain_timeout_s: float = 30.0
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+
+async def serve_worker(settings: WorkerSettings) -> None:
+    """Run one worker until SIGTERM or SIGINT, then drain and return.
+
+    Raises ConfigError for what the operator can mend, EngineDead when the engine gave up.
+    """
+    structlog.contextvars.bind_contextvars(worker_id=settings.worker_id)
+    status = StatusFile(settings.status_file)
+    status.report("starting")
+    stop = _stop_on_signals()
+    engine = build_engine(
+        settings.engine,
+        EngineOptions(
+            model_path=settings.model_path,
+            config=settings.engine_config,
+            on_progress=lambda done: status.report("model", done=done),
+            extra=settings.extra,
+        ),
+    )
+    service = WorkerService(settings.worker_id, settings.role, engine)
+    mesh = TcpMesh(
+        peer_id=settings.worker_id,
+        incarnation=new_incarnation(),
+        secret=settings.secret,
+        on_message=service.on_message,
+        on_lost=service.on_lost,
+        host=settings.host,
+        port=settings.port,
+        advertise_host=settings.advertise_host,
+    )
+    discovery: Discovery | None = None
+    try:
+        status.report("model", done=0.0)
+        began_s = time.monotonic()
+        info = await _unless_stopped(engine.start(), stop)
+        if info is None:
+            return
+        log.info("model loaded", seconds=round(time.monotonic() - began_s, 2), **_summary(info))
+        status.report("registering")
+        await mesh.start()
+        service.attach(mesh)
+        discovery = open_discovery(settings.discovery)
+        record = WorkerRecord(
+            worker_id=settings.worker_id,
+            model=settings.served_model_name,
+            role=settings.role,
+            address=mesh.address,
+            engine=info,
+            started_at_s=time.time(),
+        )
+        lease = await discovery.register(record)
+        status.report("registered")
+        log.info("registered", model=record.model, role=str(record.role), address=str(mesh.address))
+        died = await _serve_until(stop, engine, service)
+        status.report("draining")
+        if died is not None:
+            service.drain(str(died))
+            await _until_idle(service, FLUSH_TIMEOUT_S)
+            raise died
+        await _drain(settings, service, lease, record)
+    finally:
+        if discovery is not None:
+            await _quietly(discovery.close())
+        await _quietly(engine.close())
+        await _quietly(service.close())
+        await _quietly(mesh.close())
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+async def _unless_stopped(work: Awaitable[T], stop: asyncio.Event) -> T | None:
+    """Return the result of ``work``, or None (and cancel it) when ``stop`` comes first."""
+    task = asyncio.ensure_future(work)
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.wait({task})
+        return None
+    finally:
+        stopped.cancel()
+
+
+async def _serve_until(
+    stop: asyncio.Event, engine: Engine, service: WorkerService
+) -> EngineDead | None:
+    """Serve; return None when stopped, or the error the engine died of."""
+    died = asyncio.ensure_future(engine.died())
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        while True:
+            done, _ = await asyncio.wait(
+                {died, stopped}, timeout=STATS_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if died in done:
+                return died.result()
+            if stopped in done:
+                return None
+            service.publish_stats()
+    finally:
+        for task in (died, stopped):
+            task.cancel()
+
+
+async def _drain(
+    settings: WorkerSettings, service: WorkerService, lease: Lease, record: WorkerRecord
+) -> None:
+    """Take no new requests, let running ones finish within the deadline, abort the rest."""
+    service.drain("it was told to stop")
+    with contextlib.suppress(LaunchError):
+        await lease.update(msgspec.structs.replace(record, state=WorkerState.DRAINING))
+    log.info("draining", streams=service.num_streams, timeout_s=settings.drain_timeout_s)
+    if await _until_idle(service, settings.drain_timeout_s):
+        return
+    log.warning("drain timeout: streams are aborted", streams=service.num_streams)
+    service.abort_all()
+    await _until_idle(service, FLUSH_TIMEOUT_S)
+
+
+async def _until_idle(service: WorkerService, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while service.num_streams:
+        if time.monotonic() >= deadline:
+            return False
+        await asyncio.sleep(0.01)
+    return True
+
+
+async def _quietly(closing: Awaitable[None]) -> None:
+    """Close one part; what goes wrong is logged, so that the other parts are closed too."""
+    try:
+        await closing
+    except Exception:
+        log.exception("closing a part of the worker failed")
+
+
+def _summary(info: EngineInfo) -> dict[str, object]:
+    return {
+        "engine": info.engine,
+        "model_path": info.model_path,
+        "device": info.device,
+        "dtype": info.dtype,
+        "block_size": info.block_size,
+        "num_blocks": info.num_blocks,
+        "max_seq_len": info.max_seq_len,
+        "max_batch_size": info.max_batch_size,
+    }

@@ -1,0 +1,118 @@
+"""The only reader of the process environment. Knows names of variables, not what values mean."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from trtllm_workers.config.spelling import edit_distance
+
+# Launcher variables of the wider family that this version does not act on. Whoever sets one
+# expects an effect, so it is said rather than ignored.
+_NOT_HONOURED = (
+    "DECODE_ENGINE_ARGS",
+    "DISAGGREGATION_STRATEGY",
+    "ENCODE_ENGINE_ARGS",
+    "ETCD_ENDPOINTS",
+    "MODALITY",
+    "MPI_CMD",
+    "NATS_SERVER",
+    "PREFILL_ENGINE_ARGS",
+)
+
+# Variables of other software that lie within two edits of one of ours.
+_KNOWN_ELSEWHERE = frozenset(
+    {"HTTPS_HOST", "HTTPS_PORT", "HTTPS_PROXY", "HTTP_PROXY", "LOG_DIRS", "LOG_FILE", "SSH_HOST"}
+)
+
+# Shorter names have too many innocent neighbours two edits away.
+_LONG_NAME = 9
+
+
+def environment() -> dict[str, str]:
+    """Return a copy of this process's environment."""
+    return dict(os.environ)
+
+
+def child_environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """Return the environment for a child process: ours, with ``extra`` on top; None removes."""
+    merged = environment()
+    for name, value in (extra or {}).items():
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = value
+    return merged
+
+
+def read_text(names: Collection[str], environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return (name, text) of the first variable of ``names`` that is set and not blank, or None."""
+    for name in names:
+        text = environ.get(name, "")
+        if text.strip():
+            return name, text
+    return None
+
+
+def state_dir(environ: Mapping[str, str]) -> Path:
+    """Return the default folder for records of runs, as the XDG base directories have it."""
+    state = environ.get("XDG_STATE_HOME", "")
+    if state.startswith("/"):  # the XDG specification says to ignore relative paths
+        return Path(state) / "trtllm-launch"
+    home = environ.get("HOME", "")
+    if home.startswith("/"):
+        return Path(home) / ".local" / "state" / "trtllm-launch"
+    return Path(tempfile.gettempdir()) / f"trtllm-launch-{os.getuid()}"
+
+
+def hub_cache_dir(environ: Mapping[str, str]) -> Path | None:
+    """Return the folder where Hugging Face tools keep downloads, or None without a home."""
+    if cache := environ.get("HF_HUB_CACHE", ""):
+        return Path(cache)
+    if hf_home := environ.get("HF_HOME", ""):
+        return Path(hf_home) / "hub"
+    home = environ.get("HOME", "")
+    return Path(home) / ".cache" / "huggingface" / "hub" if home else None
+
+
+def wants_colour(environ: Mapping[str, str], is_terminal: bool) -> bool:
+    """Return whether to colour output: never with NO_COLOR, always with FORCE_COLOR."""
+    if environ.get("NO_COLOR"):
+        return False
+    if environ.get("FORCE_COLOR"):
+        return True
+    return is_terminal and environ.get("TERM", "") != "dumb"
+
+
+def suspicious_variables(ours: Collection[str], environ: Mapping[str, str]) -> list[str]:
+    """Return one warning per variable that looks meant for us but has no effect.
+
+    Those are near-misses of ``ours`` (one or two edits, or the last word left out) and launcher
+    variables that this version does not honour.
+    """
+    warnings = []
+    for name in sorted(environ):
+        if name in ours or name in _KNOWN_ELSEWHERE or not environ[name].strip():
+            continue
+        if name in _NOT_HONOURED:
+            warnings.append(f"environment {name} is set, but this version does not honour it")
+        elif near := _meant(name, ours):
+            warnings.append(f"environment {name} is set, but has no effect; did you mean {near}?")
+    return warnings
+
+
+def _meant(name: str, ours: Collection[str]) -> str | None:
+    found: tuple[int, str] | None = None
+    for own in sorted(ours):
+        shortened = own.rpartition("_")[0]
+        if name == shortened and "_" in name:
+            return own
+        limit = 2 if len(own) >= _LONG_NAME else 1
+        if abs(len(own) - len(name)) > limit:
+            continue
+        distance = edit_distance(name, own)
+        if distance <= limit and (found is None or distance < found[0]):
+            found = (distance, own)
+    return found[1] if found else None

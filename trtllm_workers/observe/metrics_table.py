@@ -1,0 +1,155 @@
+"""The table of metrics: every name, kind, label, bucket and help text. Counts nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One metric. ``buckets`` are the upper bounds of a histogram, ascending, without infinity."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+    buckets: tuple[float, ...] = ()
+
+
+# Bounds in seconds, near-geometric: a request takes milliseconds on the sim engine and minutes on
+# a long answer; the gap between two tokens is far smaller.
+_REQUEST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+_FIRST_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TOKEN_GAP_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 5)
+
+TABLE: tuple[Spec, ...] = (
+    # Written by the ingress. Label model is the served name, "unknown" for a name nobody serves:
+    # labels never hold what a client made up.
+    Spec(
+        "trtllm_launch_requests_total",
+        "counter",
+        ("endpoint", "model", "status"),
+        "Requests answered, by HTTP status; a stream that broke after 200 counts under its error.",
+    ),
+    Spec(
+        "trtllm_launch_in_flight_requests",
+        "gauge",
+        ("model",),
+        "Requests accepted and not yet answered to the end.",
+    ),
+    Spec(
+        "trtllm_launch_request_seconds",
+        "histogram",
+        ("endpoint", "model"),
+        "From the request fully received to the last byte written.",
+        _REQUEST_S,
+    ),
+    Spec(
+        "trtllm_launch_time_to_first_token_seconds",
+        "histogram",
+        ("model",),
+        "From the request fully received to the first non-empty token written.",
+        _FIRST_TOKEN_S,
+    ),
+    Spec(
+        "trtllm_launch_inter_token_latency_seconds",
+        "histogram",
+        ("model",),
+        "Per request: (last token - first token) / (output tokens - 1); also known as TPOT.",
+        _TOKEN_GAP_S,
+    ),
+    Spec(
+        "trtllm_launch_prompt_tokens_total",
+        "counter",
+        ("model",),
+        "Prompt tokens of accepted requests.",
+    ),
+    Spec(
+        "trtllm_launch_cached_prompt_tokens_total",
+        "counter",
+        ("model",),
+        "Prompt tokens taken from a prefix cache; a part of the prompt tokens.",
+    ),
+    Spec(
+        "trtllm_launch_output_tokens_total",
+        "counter",
+        ("model",),
+        "Tokens generated, as billed in usage.",
+    ),
+    Spec(
+        "trtllm_launch_aborted_requests_total",
+        "counter",
+        ("cause",),
+        "Requests stopped before their end, by cause.",
+    ),
+    Spec(
+        "trtllm_launch_worker_lost_total",
+        "counter",
+        (),
+        "Connections to workers that ended while the ingress was using them.",
+    ),
+    Spec(
+        "trtllm_launch_migrations_total",
+        "counter",
+        (),
+        "Streams that went on at another worker after theirs was lost.",
+    ),
+    Spec(
+        "trtllm_launch_sse_events_total",
+        "counter",
+        (),
+        "Server-sent events written to clients.",
+    ),
+    Spec(
+        "trtllm_launch_registered_workers",
+        "gauge",
+        ("model", "role", "state"),
+        "Workers that discovery shows.",
+    ),
+    # Written by a worker.
+    Spec(
+        "trtllm_launch_engine_running_requests",
+        "gauge",
+        ("worker_id",),
+        "Requests in the engine's running batch.",
+    ),
+    Spec(
+        "trtllm_launch_engine_waiting_requests",
+        "gauge",
+        ("worker_id",),
+        "Requests the engine has accepted and not yet scheduled.",
+    ),
+    Spec(
+        "trtllm_launch_engine_blocks",
+        "gauge",
+        ("worker_id", "state"),
+        "KV blocks of the pool by state: free, cached or active.",
+    ),
+    Spec(
+        "trtllm_launch_engine_steps_total",
+        "counter",
+        ("worker_id",),
+        "Engine steps run.",
+    ),
+    Spec(
+        "trtllm_launch_engine_preemptions_total",
+        "counter",
+        ("worker_id",),
+        "Running requests whose blocks the scheduler took back.",
+    ),
+    Spec(
+        "trtllm_launch_frames_sent_total",
+        "counter",
+        ("worker_id",),
+        "Token frames sent to ingresses.",
+    ),
+    Spec(
+        "trtllm_launch_kv_events_total",
+        "counter",
+        ("worker_id", "kind"),
+        "KV events by kind: stored, removed or cleared.",
+    ),
+)

@@ -1,0 +1,112 @@
+"""launch/agg.sh with a fake command in its place: which one it takes, and what it passes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCHER = Path(__file__).parents[2] / "launch" / "agg.sh"
+AWKWARD = ["a model", "it's", 'say "hi"', "a;b", "$HOME", "new\nline", "*", "-n", ""]
+FAKE = """#!/bin/bash
+printf '%s\\0' "$@" > "$CALLS"
+printf '%s\\0' "$MODEL_PATH" > "$CALLS.model"
+exit 7
+"""
+
+
+@pytest.fixture
+def calls(tmp_path: Path) -> Path:
+    return tmp_path / "calls"
+
+
+def fake_cli(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    fake = folder / "trtllm-launch"
+    fake.write_text(FAKE)
+    fake.chmod(0o755)
+    return folder
+
+
+def run(
+    launcher: Path, *words: str, calls: Path, cwd: Path | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(launcher), *words],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "CALLS": str(calls), **env},
+    )
+
+
+def words_of(path: Path) -> list[str]:
+    return path.read_text().split("\0")[:-1]
+
+
+def copied_launcher(tmp_path: Path) -> Path:
+    """Return a launcher in a checkout of its own, without an environment beside it."""
+    folder = tmp_path / "check out" / "launch"
+    folder.mkdir(parents=True)
+    copy = folder / "agg.sh"
+    copy.write_text(LAUNCHER.read_text())
+    copy.chmod(0o755)
+    return copy
+
+
+def test_launcher_is_short_and_keeps_to_the_rules() -> None:
+    text = LAUNCHER.read_text()
+    assert len(text.splitlines()) <= 30
+    assert "set -euo pipefail" in text
+    assert 'exec "$cli" up "$@"' in text
+    assert os.access(LAUNCHER, os.X_OK)
+
+
+@pytest.mark.parametrize("word", AWKWARD)
+def test_launcher_passes_words_and_variables_through_unchanged(
+    word: str, tmp_path: Path, calls: Path
+) -> None:
+    venv = fake_cli(tmp_path / "my venv" / "bin").parent
+    done = run(LAUNCHER, "--set", word, calls=calls, TRTLLM_LAUNCH_VENV=str(venv), MODEL_PATH=word)
+    assert done.returncode == 7, done.stderr
+    assert words_of(calls) == ["up", "--set", word]
+    assert words_of(Path(f"{calls}.model")) == [word]
+
+
+def test_launcher_takes_the_environment_beside_it(tmp_path: Path, calls: Path) -> None:
+    launcher = copied_launcher(tmp_path)
+    fake_cli(launcher.parents[1] / ".venv" / "bin")
+    assert run(launcher, calls=calls).returncode == 7
+    assert words_of(calls) == ["up"]
+
+
+def test_launcher_takes_the_command_on_path_last(tmp_path: Path, calls: Path) -> None:
+    launcher = copied_launcher(tmp_path)
+    on_path = fake_cli(tmp_path / "bin")
+    path = f"{on_path}:{os.environ['PATH']}"
+    assert run(launcher, "--dry-run", calls=calls, PATH=path).returncode == 7
+    assert words_of(calls) == ["up", "--dry-run"]
+
+
+def test_launcher_works_from_anywhere_and_through_a_link(tmp_path: Path, calls: Path) -> None:
+    launcher = copied_launcher(tmp_path)
+    fake_cli(launcher.parents[1] / ".venv" / "bin")
+    link = tmp_path / "elsewhere" / "serve"
+    link.parent.mkdir()
+    link.symlink_to(launcher)
+    assert run(link, calls=calls, cwd=Path("/")).returncode == 7
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_launcher_without_an_environment_says_what_to_run(
+    tmp_path: Path, calls: Path, named: bool
+) -> None:
+    launcher = copied_launcher(tmp_path)
+    venv = "/no/venv" if named else ""
+    done = run(launcher, calls=calls, PATH="/usr/bin:/bin", TRTLLM_LAUNCH_VENV=venv)
+    assert done.returncode == 2
+    assert f"run 'make setup' in {launcher.parents[1]} first" in done.stderr
+    assert ("/no/venv/bin/trtllm-launch" in done.stderr) is named

@@ -1,0 +1,98 @@
+"""Doctor's findings: each answer is a line, and only what is needed makes it fail."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from trtllm_workers.deploy import doctor
+from trtllm_workers.deploy.findings import Finding, as_text, note, ok, problem
+from trtllm_workers.deploy.run import Run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+TORCH_SAYS = '{"version": "2.9.0", "threads": 8, "device": "cpu", "cuda": null}'
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer for torch, whose import takes seconds."""
+    monkeypatch.setattr(doctor, "_ask", lambda *_args, **_more: (TORCH_SAYS,))
+
+
+def findings_of(model: Path, runs: tuple[Run, ...] = (), **flags: object) -> dict[str, Finding]:
+    given = {"model_path": str(model), "engine": "sim", "http_port": 0, **flags}
+    found = doctor.examine(given, {"HOME": str(model)}, runs)
+    return {one.subject: one for one in found}
+
+
+def test_doctor_finds_this_environment_in_order(model: Path) -> None:
+    findings = findings_of(model)
+    for subject in ("system", "python", "packages", "settings", "memory", "port", "runs"):
+        assert findings[subject].level == "ok", findings[subject]
+    assert "engine sim" in findings["settings"].text
+
+
+@pytest.mark.usefixtures("quick")
+def test_doctor_turns_a_wrong_setting_into_a_problem(tmp_path: Path, model: Path) -> None:
+    wrong = findings_of(tmp_path / "nothing")["settings"]
+    assert wrong.level == "problem"
+    assert "there is no folder" in wrong.text
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert findings_of(model, http_port=port)["port"].level == "problem"
+
+
+@pytest.mark.usefixtures("quick")
+def test_doctor_names_left_over_runs_and_how_to_end_them(model: Path) -> None:
+    stale = findings_of(model, runs=(Run("abc123", None, None),))["runs"]
+    assert (stale.level, stale.fix) == ("note", "trtllm-launch stop abc123")
+
+
+@pytest.mark.usefixtures("quick")
+def test_missing_torch_is_a_problem_only_for_the_engine_that_needs_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present = doctor._has_module
+    monkeypatch.setattr(doctor, "_has_module", lambda name: name != "torch" and present(name))
+    assert findings_of(model)["torch"].level == "note"
+    assert findings_of(model, engine="torch")["torch"].level == "problem"
+
+
+def test_optional_part_says_what_is_missing_and_the_command_that_brings_it() -> None:
+    found = doctor._optional("MPI", ("no_such_module",), ("no-such-program",), "apt-get install x")
+    assert found == note(
+        "MPI", "optional, missing: no_such_module, no-such-program", "apt-get install x"
+    )
+
+
+def test_broken_program_is_a_line_and_not_a_hang() -> None:
+    assert doctor._ask(["/no/such/program"]) == "No such file or directory"
+    assert doctor._ask(["sh", "-c", "echo no driver >&2; exit 3"]) == "no driver"
+    assert doctor._ask(["sh", "-c", "read line < /dev/zero"], timeout_s=0.2) == (
+        "no answer within 0 s"
+    )
+
+
+def test_text_has_a_line_per_finding_fixes_below_and_a_verdict() -> None:
+    text = as_text(
+        [ok("python", "3.11"), note("gpu", "none"), problem("torch", "missing", "make setup")]
+    )
+    assert text.splitlines() == [
+        "ok       python  3.11",
+        "note     gpu     none",
+        "problem  torch   missing",
+        "           → make setup",
+        "",
+        "1 problem to solve first",
+    ]
+    assert as_text([ok("python", "3.11")]).endswith("everything that is needed is here")

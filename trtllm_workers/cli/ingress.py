@@ -1,0 +1,84 @@
+"""``trtllm-launch ingress``: flags and variables to ``IngressSettings``, then serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from trtllm_workers.cli.common import explicit, warn_alone
+from trtllm_workers.cli.options import (
+    GroupedCommand,
+    own_options,
+    secret_variables,
+    table_options,
+)
+from trtllm_workers.cli.part import ADVERTISE_HOST, STATUS_FILE
+from trtllm_workers.config.options import Option
+from trtllm_workers.deploy.names import INGRESS_OPTIONS
+
+PLANE_HOST = Option(
+    name="plane_host",
+    flag="--plane-host",
+    env=(),
+    default="127.0.0.1",
+    kind=str,
+    metavar="HOST",
+    help="Address where workers' tokens arrive; other hosts need more than loopback.",
+    group="planes",
+)
+PLANE_PORT = Option(
+    name="plane_port",
+    flag="--plane-port",
+    env=(),
+    default=0,
+    kind=int,
+    minimum=0,
+    maximum=65535,
+    metavar="PORT",
+    help="Port where workers' tokens arrive; 0 takes a free one.",
+    group="planes",
+)
+
+
+@click.command("ingress", cls=GroupedCommand, variables=secret_variables(INGRESS_OPTIONS))
+@table_options(INGRESS_OPTIONS)
+@own_options(PLANE_HOST, PLANE_PORT, ADVERTISE_HOST, STATUS_FILE)
+def command(**values: Any) -> int:
+    """Run one ingress: the OpenAI-compatible HTTP process."""
+    from trtllm_workers.cli.part import begin_logs, discovery_of, own_value, run_loop
+    from trtllm_workers.config.env import environment
+    from trtllm_workers.deploy.prepare import prepare_settings
+    from trtllm_workers.observe.status import StatusFile
+
+    environ = environment()
+    status_file = own_value(STATUS_FILE, values["status_file"])
+    StatusFile(status_file).report("starting")
+    settings = prepare_settings(explicit(values), environ, only=INGRESS_OPTIONS)
+    warn_alone(settings.warnings, environ)
+    begin_logs("ingress", settings)
+    discovery = discovery_of(settings)
+    plane_host = own_value(PLANE_HOST, values["plane_host"])
+    plane_port = own_value(PLANE_PORT, values["plane_port"])
+
+    # These load for half a second; everything that could be wrong was found before.
+    from trtllm_workers.ingress.serve import serve_ingress
+    from trtllm_workers.ingress.settings import IngressSettings
+    from trtllm_workers.planes.discovery import cluster_secret, discovery_root
+
+    run_loop(
+        serve_ingress(
+            IngressSettings(
+                discovery=discovery,
+                secret=cluster_secret(discovery_root(discovery), settings.cluster_secret),
+                http_host=settings.http_host,
+                http_port=settings.http_port,
+                plane_host=plane_host,
+                plane_port=plane_port,
+                plane_advertise_host=own_value(ADVERTISE_HOST, values["advertise_host"]),
+                drain_timeout_s=settings.drain_timeout_s,
+                status_file=status_file,
+            )
+        )
+    )
+    return 0

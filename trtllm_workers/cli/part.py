@@ -1,0 +1,80 @@
+"""What ``ingress`` and ``worker`` share: options of a single process, its secret, its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Literal
+
+from trtllm_workers.config.options import Option
+from trtllm_workers.config.settings import Settings
+from trtllm_workers.config.values import coerce, form, parse, problem, shown
+from trtllm_workers.errors import ConfigError
+
+STATUS_FILE = Option(
+    name="status_file",
+    flag="--status-file",
+    env=(),
+    default=None,
+    default_text="none",
+    kind=Path,
+    metavar="FILE",
+    help="Where to report how far it has come; 'up' reads it.",
+    group="",
+)
+ADVERTISE_HOST = Option(
+    name="advertise_host",
+    flag="--advertise-host",
+    env=(),
+    default=None,
+    default_text="the same as it listens on",
+    kind=str,
+    metavar="HOST",
+    help="Name or address by which other hosts reach this process.",
+    group="planes",
+)
+
+
+def own_value(entry: Option, given: Any) -> Any:
+    """Return a value of an option that is not in the settings table, checked the same way."""
+    if given is None:
+        return entry.default
+    try:
+        value = parse(given, entry.kind) if isinstance(given, str) else coerce(given, entry.kind)
+    except ValueError:
+        text = f"{entry.flag}: must be {form(entry.kind)}, not {shown(given)}"
+        raise ConfigError(text, param=entry.name) from None
+    wrong = problem(value, minimum=entry.minimum, maximum=entry.maximum, choices=entry.choices)
+    if wrong:
+        raise ConfigError(f"{entry.flag}: {wrong}", param=entry.name)
+    return value
+
+
+def discovery_of(settings: Settings) -> str:
+    """Return the discovery URL; a process alone has no run to take one from."""
+    if settings.discovery is None:
+        raise ConfigError(
+            "say where workers register: --discovery file:///some/directory, the same for the "
+            "ingress and every worker ('trtllm-launch up' does this by itself)",
+            param="discovery",
+        )
+    return settings.discovery
+
+
+def begin_logs(process: str, settings: Settings) -> None:
+    """Send this process's log lines to standard error; whoever started it keeps them."""
+    from trtllm_workers.observe.logs import setup_logs
+
+    fmt: Literal["console", "json"] = "json" if settings.log_format == "json" else "console"
+    setup_logs(process, fmt=fmt, level=settings.log_level, path=None)
+
+
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run to the end on uvloop where it is installed, else on asyncio's own loop."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)

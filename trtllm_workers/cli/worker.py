@@ -1,0 +1,111 @@
+"""``trtllm-launch worker``: flags and variables to ``WorkerSettings``, then serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from trtllm_workers.cli.common import explicit, warn_alone
+from trtllm_workers.cli.options import (
+    GroupedCommand,
+    own_options,
+    secret_variables,
+    table_options,
+)
+from trtllm_workers.cli.part import ADVERTISE_HOST, STATUS_FILE
+from trtllm_workers.config.options import Option
+from trtllm_workers.deploy.names import WORKER_OPTIONS
+
+WORKER_ID = Option(
+    name="worker_id",
+    flag="--worker-id",
+    env=(),
+    default="worker-0",
+    kind=str,
+    metavar="NAME",
+    help="Name of this worker; no two under one discovery URL may share it.",
+    group="workers",
+)
+ROLE = Option(
+    name="role",
+    flag="--role",
+    env=(),
+    default="aggregated",
+    kind=str,
+    choices=("aggregated",),
+    help="What this worker does; this version has aggregated workers.",
+    group="workers",
+)
+HOST = Option(
+    name="host",
+    flag="--host",
+    env=(),
+    default="127.0.0.1",
+    kind=str,
+    metavar="HOST",
+    help="Address where requests arrive; other hosts need more than loopback.",
+    group="planes",
+)
+PORT = Option(
+    name="port",
+    flag="--port",
+    env=(),
+    default=0,
+    kind=int,
+    minimum=0,
+    maximum=65535,
+    metavar="PORT",
+    help="Port where requests arrive; 0 takes a free one.",
+    group="planes",
+)
+
+
+@click.command("worker", cls=GroupedCommand, variables=secret_variables(WORKER_OPTIONS))
+@table_options(WORKER_OPTIONS)
+@own_options(WORKER_ID, ROLE, HOST, PORT, ADVERTISE_HOST, STATUS_FILE)
+def command(**values: Any) -> int:
+    """Run one worker: an engine behind the request plane."""
+    from trtllm_workers.cli.part import begin_logs, discovery_of, own_value, run_loop
+    from trtllm_workers.config.env import environment
+    from trtllm_workers.deploy.prepare import prepare
+    from trtllm_workers.observe.status import StatusFile
+
+    environ = environment()
+    status_file = own_value(STATUS_FILE, values["status_file"])
+    StatusFile(status_file).report("starting")
+    prepared = prepare(explicit(values), environ)
+    settings = prepared.settings
+    worker_id = own_value(WORKER_ID, values["worker_id"])
+    warn_alone(settings.warnings, environ)
+    begin_logs(worker_id, settings)
+    discovery = discovery_of(settings)
+    role, host, port = (own_value(one, values[one.name]) for one in (ROLE, HOST, PORT))
+
+    # These take a moment to load; everything that could be wrong was found before.
+    from trtllm_workers.planes.discovery import cluster_secret, discovery_root
+    from trtllm_workers.types import Role
+    from trtllm_workers.worker.serve import WorkerSettings, serve_worker
+
+    cost = settings.sim_cost_model
+    run_loop(
+        serve_worker(
+            WorkerSettings(
+                worker_id=worker_id,
+                model_path=settings.model_path,
+                served_model_name=settings.served_model_name,
+                engine=settings.engine,
+                engine_config=prepared.engine_config,
+                discovery=discovery,
+                secret=cluster_secret(discovery_root(discovery), settings.cluster_secret),
+                role=Role(role),
+                host=host,
+                port=port,
+                advertise_host=own_value(ADVERTISE_HOST, values["advertise_host"]),
+                status_file=status_file,
+                drain_timeout_s=settings.drain_timeout_s,
+                extra={"cost_path": str(cost)} if cost else {},
+            )
+        )
+    )
+    return 0

@@ -1,0 +1,84 @@
+"""Settings to command lines, and a plan to the shell text that does the same by hand. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from trtllm_workers.config.options import LAUNCH_OPTIONS, Option
+from trtllm_workers.config.settings import Settings
+from trtllm_workers.deploy.names import INGRESS_OPTIONS, WORKER_OPTIONS
+
+if TYPE_CHECKING:
+    from trtllm_workers.deploy.plan import Plan, PlannedProcess
+
+# -P: a file called types.py or torch.py in the user's folder must not replace a module of ours.
+_PYTHON = ("-P", "-m", "trtllm_workers.cli.main")
+
+# What is said even when it is the default, so that a printed command explains itself.
+_ALWAYS = ("model_path", "served_model_name", "engine", "engine_config", "http_host", "http_port")
+
+
+def ingress_argv(settings: Settings, discovery: str) -> list[str]:
+    """Return the arguments (after the interpreter) of the ingress."""
+    return [*_PYTHON, "ingress", *_flags(settings, INGRESS_OPTIONS), "--discovery", discovery]
+
+
+def worker_argv(settings: Settings, worker_id: str, discovery: str) -> list[str]:
+    """Return the arguments (after the interpreter) of one worker."""
+    flags = _flags(settings, WORKER_OPTIONS)
+    return [*_PYTHON, "worker", "--worker-id", worker_id, *flags, "--discovery", discovery]
+
+
+def as_shell(plan: Plan) -> str:
+    """Return the commands of a plan as shell text: quoted, one process per paragraph, no secret."""
+    count = len(plan.processes) - 1
+    head = [
+        f"# run {plan.run_id}: 1 ingress and {count} worker{'s' if count > 1 else ''} "
+        f"for model {_one_line(plan.model)}",
+        "# By hand: each command in a terminal of its own.",
+        *(f"# note: {note}" for note in plan.notes),
+        f"mkdir -p -m 700 {shlex.quote(str(plan.folder.path))}",
+    ]
+    return "\n\n".join(["\n".join(head), *(_paragraph(one) for one in plan.processes)])
+
+
+def _paragraph(process: PlannedProcess) -> str:
+    words = [shlex.quote(word) for word in process.argv]
+    # The interpreter, -P -m module and the verb belong on one line; then one option per line.
+    start = 1 + len(_PYTHON) + 1
+    lines = [" ".join(words[:start])]
+    rest = words[start:]
+    while rest:
+        pair = rest[1:2] if rest[0].startswith("--") and "=" not in rest[0] else []
+        lines.append(" ".join([rest[0], *pair]))
+        rest = rest[1 + len(pair) :]
+    env = "".join(f"{name}={shlex.quote(value)} " for name, value in process.env.items())
+    return f"# {process.name}\n{env}" + " \\\n  ".join(lines)
+
+
+def _flags(settings: Settings, names: tuple[str, ...]) -> list[str]:
+    """Return the flags for everything that is not a default, whatever layer it came from."""
+    words: list[str] = []
+    for option in LAUNCH_OPTIONS:
+        if option.name not in names or option.flag is None or option.name == "discovery":
+            continue
+        value = getattr(settings, option.name)
+        given = settings.sources[option.name] != "default"
+        if value is None or not (given or option.name in _ALWAYS):
+            continue
+        for one in value if option.multiple else (value,):
+            words += _flag(option, one)
+    return words
+
+
+def _flag(option: Option, value: object) -> list[str]:
+    assert option.flag is not None
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if option.kind is not str or not text.startswith("-"):
+        return [option.flag, text]
+    return [f"{option.flag}={text}"]  # a value that begins like a flag must not be read as one
+
+
+def _one_line(text: str) -> str:
+    return text.encode("unicode_escape").decode("ascii")

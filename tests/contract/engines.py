@@ -1,0 +1,110 @@
+"""Every engine the contract suite runs on, and how to build and kill one. Holds no test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trtllm_workers.config.keys import default_config
+from trtllm_workers.engines.base import Engine, EngineOptions
+from trtllm_workers.engines.registry import build_engine, engine_keys
+
+VOCAB_SIZE = 512
+BLOCK_SIZE = 16
+
+# Small enough that prompts of a hundred tokens fill blocks, chunks and pools.
+SETTINGS: dict[str, Any] = {
+    "max_batch_size": 32,
+    "max_num_tokens": 512,
+    "max_seq_len": 256,
+    "enable_chunked_prefill": True,
+    "kv_cache_config__tokens_per_block": BLOCK_SIZE,
+    "kv_cache_config__max_tokens": 4096,
+    "kv_cache_config__enable_block_reuse": True,
+}
+
+Kill = Callable[[pytest.MonkeyPatch, Engine], None]
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """One engine, in one variant.
+
+    ``write_checkpoint`` makes a model folder; its second argument is the eos token ids. ``extra`` are
+    engine options of every build, ``often_eos`` those that make eos likely when half the vocabulary
+    is eos. ``kill`` makes a started engine's next step fail for good.
+    """
+
+    name: str
+    engine: str
+    write_checkpoint: Callable[[Path, list[int]], None]
+    kill: Kill
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, Any] | None = None
+    often_eos: Mapping[str, Any] | None = None
+
+    def build(self, model_path: Path, *, often_eos: bool = False, **overrides: Any) -> Engine:
+        """Return an engine, not started. ``overrides`` are engine-config keys, ``__`` for the dot."""
+        settings = {**SETTINGS, **self.settings, **overrides}
+        config = default_config(self.engine, engine_keys(self.engine), **settings)
+        extra = {}
+        if self.cost is not None:
+            cost = {**self.cost, **(self.often_eos or {} if often_eos else {})}
+            path = model_path.parent / f"{self.name}-{'eos' if often_eos else 'cost'}.yaml"
+            path.write_text(json.dumps(cost))  # JSON is YAML
+            extra["cost_path"] = str(path)
+        return build_engine(self.engine, EngineOptions(model_path, config, extra=extra))
+
+
+def _write_config_only(path: Path, eos: list[int]) -> None:
+    path.mkdir(parents=True)
+    config = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 2048, "eos_token_id": eos}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def _write_tiny_llama(path: Path, eos: list[int]) -> None:
+    from tests.fakes.tiny_models import make_tiny_checkpoint  # imports torch
+
+    make_tiny_checkpoint(path, vocab_size=VOCAB_SIZE, eos_token_id=eos)
+
+
+def _break_plan_of(engine: str) -> Kill:
+    def broken(_self: object) -> None:
+        raise RuntimeError("a step failed")
+
+    def kill(monkeypatch: pytest.MonkeyPatch, _engine: Engine) -> None:
+        monkeypatch.setattr(f"trtllm_workers.engines.{engine}.scheduler.Scheduler.plan", broken)
+
+    return kill
+
+
+_FREE: dict[str, Any] = {"decode": {"base_ms": 0}}
+_PACED: dict[str, Any] = {"prefill": {"per_token_us": 2}, "decode": {"base_ms": 0.3}}
+_EOS: dict[str, Any] = {"eos_probability": 0.5}
+
+
+def _sim(name: str, cost: Mapping[str, Any], **settings: Any) -> EngineKind:
+    kill = _break_plan_of("sim")
+    return EngineKind(name, "sim", _write_config_only, kill, settings, cost=cost, often_eos=_EOS)
+
+
+def _torch(name: str, **settings: Any) -> EngineKind:
+    return EngineKind(name, "torch", _write_tiny_llama, _break_plan_of("torch"), settings)
+
+
+# 20 blocks for up to 32 running requests: the whole suite runs under preemption.
+_SMALL_POOL = 20 * BLOCK_SIZE
+
+
+KINDS = (
+    _sim("sim", _FREE),
+    _sim("sim_paced", _PACED),
+    _sim("sim_small_pool", _FREE, kv_cache_config__max_tokens=_SMALL_POOL),
+    _torch("torch"),
+    _torch("torch_small_pool", kv_cache_config__max_tokens=_SMALL_POOL),
+)

@@ -1,1 +1,1 @@
-"""The simulator engine: a scheduler on a clock that makes tokens without a model."""
+"""The sim engine: a scheduler on a clock with a cost model. It makes tokens without a model."""

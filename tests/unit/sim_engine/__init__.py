@@ -1,0 +1,1 @@
+"""Unit tests of the sim engine: no socket, no waiting."""

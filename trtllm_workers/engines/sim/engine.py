@@ -1,0 +1,233 @@
+"""The sim engine: the scheduler's steps on the event loop's clock. Knows no model and no thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtllm_workers.blocks import root_hash
+from trtllm_workers.engines.base import Deliver, EngineOptions
+from trtllm_workers.engines.sim.accept import CAPABILITIES, check_request
+from trtllm_workers.engines.sim.checkpoint import read_checkpoint
+from trtllm_workers.engines.sim.cost import CostModel, load_cost
+from trtllm_workers.engines.sim.pool import BlockPool
+from trtllm_workers.engines.sim.scheduler import Limits, Scheduler, Step
+from trtllm_workers.engines.sim.stream import Stream
+from trtllm_workers.engines.sim.tokens import Vocabulary
+from trtllm_workers.errors import ConfigError, EngineDead
+from trtllm_workers.types import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    KvEvent,
+)
+
+# A loop that stood still for longer (a laptop that slept) begins a new schedule.
+_MAX_LATENESS_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """What a started engine works with."""
+
+    info: EngineInfo
+    cost: CostModel
+    limits: Limits
+    vocabulary: Vocabulary
+    pool: BlockPool
+    scheduler: Scheduler
+    loop: asyncio.AbstractEventLoop
+
+
+def build(options: EngineOptions) -> SimEngine:
+    """Build a sim engine; nothing is read before ``start``."""
+    return SimEngine(options)
+
+
+class SimEngine:
+    """See ``engines/base.py: Engine`` for the guarantees.
+
+    A step takes what the cost model says, counted from when the one before it was due and not from
+    when that was noticed, so the pace has no drift. Lost time is made up without a burst: no step
+    takes less than half its time, until the schedule is met again.
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._started: _Started | None = None
+        self._timer: asyncio.Handle | None = None
+        self._step: Step | None = None
+        self._due_s = 0.0
+        self._num_accepted = 0
+        self._death: EngineDead | None = None
+        self._has_died = asyncio.Event()
+        self._closed = False
+
+    async def start(self) -> EngineInfo:
+        config = self._options.config
+        cost_path = self._options.extra.get("cost_path")
+        cost = load_cost(Path(cost_path)) if cost_path else CostModel()
+        checkpoint = read_checkpoint(self._options.model_path)
+        block_size: int = config["kv_cache_config.tokens_per_block"]
+        num_blocks = config["kv_cache_config.max_tokens"] // block_size
+        if num_blocks < 1:
+            raise ConfigError(
+                f"kv_cache_config.max_tokens {config['kv_cache_config.max_tokens']} "
+                f"({config.source('kv_cache_config.max_tokens')}) is less than one block of "
+                f"{block_size} tokens (kv_cache_config.tokens_per_block); raise it",
+                param="kv_cache_config.max_tokens",
+            )
+        limits = Limits(
+            block_size=block_size,
+            # Each running stream needs at least one token of a step.
+            max_running=min(config["max_batch_size"], config["max_num_tokens"]),
+            max_num_tokens=config["max_num_tokens"],
+            chunked_prefill=config["enable_chunked_prefill"],
+            reuse=config["kv_cache_config.enable_block_reuse"],
+        )
+        eos = checkpoint.eos_token_ids
+        info = EngineInfo(
+            engine="sim",
+            model_path=str(self._options.model_path),
+            model_id=checkpoint.model_id,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            # No table of positions here: a longer max_seq_len than the model's is allowed.
+            max_seq_len=config["max_seq_len"] or checkpoint.max_positions,
+            max_batch_size=limits.max_running,
+            max_num_tokens=limits.max_num_tokens,
+            vocab_size=checkpoint.vocab_size,
+            eos_token_ids=eos,
+            capabilities=CAPABILITIES,
+        )
+        pool = BlockPool(num_blocks)
+        self._started = _Started(
+            info=info,
+            cost=cost,
+            limits=limits,
+            vocabulary=Vocabulary(
+                checkpoint.model_id, checkpoint.word_ids, eos[0] if eos else None
+            ),
+            pool=pool,
+            scheduler=Scheduler(pool, limits, self._deliver_failed),
+            loop=asyncio.get_running_loop(),
+        )
+        self._options.on_progress(1.0)
+        return info
+
+    def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
+        started = self._started
+        if started is None or self._death or self._closed:
+            raise EngineDead(f"the sim engine {self._state()} and takes no request")
+        info, limits, scheduler = started.info, started.limits, started.scheduler
+        check_request(
+            request,
+            info,
+            chunked_prefill=limits.chunked_prefill,
+            running=scheduler.streams,
+        )
+        self._num_accepted += 1
+        stream = Stream(
+            request,
+            deliver,
+            arrival=self._num_accepted,
+            vocabulary=started.vocabulary,
+            eos_probability=started.cost.eos_probability,
+            block_size=limits.block_size,
+            root=root_hash(info.model_id, request.cache_salt) if limits.reuse else None,
+        )
+        scheduler.add(stream)
+        if self._timer is None:
+            # Not at once: requests that arrive together shall share the first step.
+            self._due_s = started.loop.time()
+            self._timer = started.loop.call_soon(self._tick, started)
+
+    def abort(self, request_id: str) -> None:
+        if self._started is not None:
+            self._started.scheduler.abort(request_id)
+
+    async def kv_events(self) -> AsyncIterator[KvEvent]:
+        if self._started is None:
+            raise EngineDead(f"the sim engine {self._state()} and has no KV events")
+        async for event in self._started.pool.events.follow():
+            yield event
+
+    def stats(self) -> EngineStats:
+        return EngineStats() if self._started is None else self._started.scheduler.stats()
+
+    async def died(self) -> EngineDead:
+        await self._has_died.wait()
+        assert self._death is not None
+        return self._death
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._stop(FinishReason.ABORT)
+
+    def _tick(self, started: _Started) -> None:
+        """End the step in flight and begin the next."""
+        try:
+            self._turn(started)
+        except Exception as error:  # noqa: BLE001  # whatever it was, no stream may hang
+            self._die(EngineDead(f"the sim engine failed in a step: {error!r}"), error)
+
+    def _turn(self, started: _Started) -> None:
+        scheduler, cost, loop = started.scheduler, started.cost, started.loop
+        if self._step is not None:
+            step, self._step = self._step, None
+            scheduler.finish(step)
+            if cost.die_after_steps and scheduler.num_steps >= cost.die_after_steps:
+                why = f"after {scheduler.num_steps} steps, as its cost model asks (die_after_steps)"
+                self._die(EngineDead(f"the sim engine died {why}"))
+                return
+        self._step = scheduler.plan()
+        if self._step is None:
+            self._timer = None
+            return
+        duration = _duration_s(cost, self._step, scheduler)
+        now = loop.time()
+        self._due_s = max(self._due_s + duration, now - _MAX_LATENESS_S)
+        if duration:
+            due = max(self._due_s, now + duration / 2)
+            self._timer = loop.call_at(due, self._tick, started)
+        else:
+            self._timer = loop.call_soon(self._tick, started)
+
+    def _deliver_failed(self, stream: Stream, error: Exception) -> None:
+        """Report a consumer that raised and end its stream alone."""
+        self.abort(stream.request_id)
+        if self._started is not None:
+            message = f"request {stream.request_id}: its consumer raised and it is aborted"
+            self._started.loop.call_exception_handler({"message": message, "exception": error})
+
+    def _die(self, death: EngineDead, cause: Exception | None = None) -> None:
+        death.__cause__ = cause
+        self._death = death
+        self._stop(FinishReason.ERROR, EngineDead.code, str(death))
+        self._has_died.set()
+
+    def _stop(self, reason: FinishReason, code: str | None = None, why: str | None = None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._started is not None:
+            self._started.scheduler.end_all(reason, code, why)
+            self._started.pool.events.close()
+
+    def _state(self) -> str:
+        if self._death:
+            return f"died ({self._death})"
+        return "is closed" if self._closed else "has not started"
+
+
+def _duration_s(cost: CostModel, step: Step, scheduler: Scheduler) -> float:
+    duration = cost.base_s(prefill=bool(step.chunks), decode=bool(step.num_decoding))
+    for chunk in step.chunks:
+        duration += cost.prefill_s(chunk.start, chunk.num_tokens)
+    kv_tokens = scheduler.kv_tokens() if cost.decode_per_kv_token_ns else 0
+    return duration + cost.decode_s(step.num_decoding, kv_tokens)

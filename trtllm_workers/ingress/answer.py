@@ -1,0 +1,93 @@
+"""All choices of one HTTP request, and how they end. Knows no HTTP and no text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from trtllm_workers.errors import LaunchError
+from trtllm_workers.ingress.choice import Choice
+from trtllm_workers.ingress.fleet import Worker
+from trtllm_workers.ingress.responses import Usage
+from trtllm_workers.ingress.streams import Streams
+
+Move = Callable[[Choice, Worker | None, LaunchError], bool]
+
+
+class Answer:
+    """Owner of the choices of one request.
+
+    ``move(choice, worker, error)`` is asked whether a choice that ``worker`` failed can go on
+    elsewhere. ``wake`` is called when nothing more will come: all choices ended, or ``failure``.
+    """
+
+    def __init__(self, streams: Streams, wake: Callable[[], None], move: Move) -> None:
+        self._streams = streams
+        self._wake = wake
+        self._move = move
+        self.choices: list[Choice] = []
+        self.prompt_tokens = 0
+        self.choices_per_prompt = 1
+        self.failure: LaunchError | None = None
+        self.cause = ""
+        self.timer: asyncio.TimerHandle | None = None
+        self._running = 0
+
+    def add(self, choice: Choice) -> None:
+        """Add a choice that is about to be sent to a worker."""
+        self.choices.append(choice)
+        self._running += 1
+
+    @property
+    def over(self) -> bool:
+        """True when nothing more will come."""
+        return self._running == 0 or self.failure is not None
+
+    @property
+    def running(self) -> int:
+        """How many choices have not ended."""
+        return self._running
+
+    def choice_ended(self, choice: Choice, *, engine_runs: bool) -> None:
+        """Take notice that a choice is complete."""
+        if engine_runs:
+            self._streams.abort((choice,))
+        else:
+            self._streams.release(choice)
+        self._running -= 1
+        if self._running == 0:
+            self._wake()
+
+    def choice_failed(self, choice: Choice, error: LaunchError, *, engine_runs: bool) -> None:
+        """Move a choice to another worker, or let the whole answer fail."""
+        worker = self._streams.worker_of(choice)
+        if engine_runs:
+            self._streams.abort((choice,))
+        else:
+            self._streams.release(choice)
+        if self.failure is None and not self._move(choice, worker, error):
+            self.fail(error, cause="worker_failed")
+
+    def fail(self, error: LaunchError, *, cause: str) -> None:
+        """End the answer with an error; what still runs is aborted."""
+        if self.over:
+            return
+        self.failure = error
+        self.cause = cause
+        self._streams.abort(self.choices)
+        self._wake()
+
+    def abandon(self, cause: str) -> None:
+        """Abort what still runs, in one frame per worker."""
+        if self._streams.abort(self.choices) and not self.cause:
+            self.cause = cause
+
+    def usage(self) -> Usage:
+        """Return the usage so far."""
+        # The choices of a prompt share its cached prefix: it is told once, as the first saw it.
+        first = self.choices[:: self.choices_per_prompt]
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=sum(choice.completion_tokens for choice in self.choices),
+            cached_tokens=sum(choice.cached_tokens for choice in first),
+        )

@@ -1,0 +1,98 @@
+"""The parts of an ingress, wired together over a plane and a discovery. Opens no HTTP port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+from trtllm_workers.errors import PeerLost
+from trtllm_workers.ingress.app import IngressApp, make_app
+from trtllm_workers.ingress.dispatch import Dispatcher
+from trtllm_workers.ingress.fleet import Fleet, Worker
+from trtllm_workers.ingress.meters import Meters
+from trtllm_workers.ingress.settings import IngressSettings
+from trtllm_workers.ingress.streams import Streams
+from trtllm_workers.observe.metrics import Metrics
+from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
+from trtllm_workers.planes.messages import Drain, Message, Tokens, WorkerStats
+
+# Tokenizers are loaded and large prompts encoded here; more threads than cores gain nothing.
+_TEXT_THREADS = 2
+
+
+class Ingress:
+    """Give ``on_message`` and ``on_lost`` to the plane, then use ``running``."""
+
+    def __init__(self, settings: IngressSettings, metrics: Metrics | None = None) -> None:
+        self._settings = settings
+        self.metrics = metrics or Metrics()
+        self.fleet: Fleet | None = None
+        self.dispatcher: Dispatcher | None = None
+        self._streams: Streams | None = None
+
+    def on_message(self, peer: Peer, message: Message) -> None:
+        """Take one message from a worker."""
+        if isinstance(message, Tokens):
+            if self._streams is not None:
+                self._streams.on_tokens(message)
+        elif self.fleet is None:
+            return
+        elif isinstance(message, Drain):
+            self.fleet.peer_drains(peer, message.reason)
+        elif isinstance(message, WorkerStats):
+            self.fleet.peer_stats(peer, message.stats)
+
+    def on_lost(self, peer: Peer, error: PeerLost) -> None:
+        """Take notice that a connection ended."""
+        if self.fleet is not None:
+            self.fleet.peer_lost(peer, error)
+
+    @asynccontextmanager
+    async def running(self, plane: RequestPlane, discovery: Discovery) -> AsyncIterator[IngressApp]:
+        """Follow the workers and yield the app; ``plane`` has been started."""
+        executor = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
+        streams = self._streams = Streams(plane.address)
+        fleet = self.fleet = Fleet(
+            plane,
+            discovery,
+            executor,
+            on_lost=self._worker_lost,
+            model_path=self._settings.model_path,
+            connect_timeout_s=self._settings.connect_timeout_s,
+        )
+        dispatcher = self.dispatcher = Dispatcher(
+            fleet, streams, Meters(self.metrics), self._settings
+        )
+        self.metrics.before_render(self._count_workers)
+        try:
+            async with fleet.running():
+                yield make_app(dispatcher, fleet, self.metrics)
+        finally:
+            self.fleet = None  # connections that end from now on are our own doing
+            # Threads cannot be cancelled; a tokenizer that is loading ends with the process.
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _worker_lost(self, worker: Worker, error: PeerLost) -> None:
+        assert self.dispatcher is not None, "a fleet runs with its dispatcher"
+        self.dispatcher.worker_lost(worker, error)
+
+    def _count_workers(self) -> None:
+        assert self.fleet is not None, "a fleet runs while metrics are shown"
+        name = "trtllm_launch_registered_workers"
+        self.metrics.remove(name)
+        for served in self.fleet.models.values():
+            for worker in served.workers:
+                role, state = str(worker.record.role), worker.state
+                self.metrics.gauge(name, model=served.name, role=role, state=state).add()
+
+    async def drain(self, reason: str, timeout_s: float) -> bool:
+        """Take no new requests and wait for the running ones. True when all have ended."""
+        assert self.dispatcher is not None, "only a running ingress drains"
+        self.dispatcher.closing = reason
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self.dispatcher.idle.wait()
+        return self.dispatcher.idle.is_set()

@@ -1,0 +1,44 @@
+"""Documents tell the truth: their ``bash`` blocks run, their curl and Python examples answer."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [
+    path
+    for folder in (".", "launch", "engine_configs", "container", "multinode", "benchmarks", "docs")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+    return [str(block) for block in found]
+
+
+BASH = [
+    pytest.param(block, id=f"{document.relative_to(ROOT)}-{index}")
+    for document in DOCUMENTS
+    for index, block in enumerate(blocks(document, "bash"))
+]
+
+
+@pytest.mark.parametrize("block", BASH)
+def test_every_bash_block_runs(block: str) -> None:
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}{done.stderr}"
+
+
+def test_the_documents_have_bash_blocks_to_run() -> None:
+    assert BASH

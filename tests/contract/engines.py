@@ -93,18 +93,13 @@ def _sim(name: str, cost: Mapping[str, Any], **settings: Any) -> EngineKind:
     return EngineKind(name, "sim", _write_config_only, kill, settings, cost=cost, often_eos=_EOS)
 
 
-def _torch(name: str, **settings: Any) -> EngineKind:
-    return EngineKind(name, "torch", _write_tiny_llama, _break_plan_of("torch"), settings)
-
-
 # 20 blocks for up to 32 running requests: the whole suite runs under preemption.
-_SMALL_POOL = 20 * BLOCK_SIZE
+SMALL_POOL = 20 * BLOCK_SIZE
 
 
 KINDS = (
     _sim("sim", _FREE),
     _sim("sim_paced", _PACED),
-    _sim("sim_small_pool", _FREE, kv_cache_config__max_tokens=_SMALL_POOL),
-    _torch("torch"),
-    _torch("torch_small_pool", kv_cache_config__max_tokens=_SMALL_POOL),
+    _sim("sim_small_pool", _FREE, kv_cache_config__max_tokens=SMALL_POOL),
+    EngineKind("torch", "torch", _write_tiny_llama, _break_plan_of("torch")),
 )

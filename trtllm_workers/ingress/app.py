@@ -51,7 +51,7 @@ class IngressApp:
         if scope["type"] == "http":
             endpoint = self._endpoints.get((scope["method"], scope["path"]))
             if endpoint is not None:
-                await self._dispatcher.serve(Exchange(scope, receive, send), endpoint)
+                await self._dispatcher.serve(scope, receive, send, endpoint)
                 return
         await self._routes(scope, receive, send)
 

@@ -23,7 +23,7 @@ from trtllm_workers.errors import (
 from trtllm_workers.ingress.answer import Answer
 from trtllm_workers.ingress.choice import Choice
 from trtllm_workers.ingress.detokenize import Decoder
-from trtllm_workers.ingress.exchange import Exchange
+from trtllm_workers.ingress.exchange import Exchange, Receive, Scope, Send
 from trtllm_workers.ingress.fleet import Fleet, Served, Worker
 from trtllm_workers.ingress.meters import CLIENT_LEFT, Meters, RequestMeter
 from trtllm_workers.ingress.openai import Ask, parse_chat, parse_completion
@@ -71,8 +71,9 @@ class Dispatcher:
         self.idle = asyncio.Event()
         self.idle.set()
 
-    async def serve(self, exchange: Exchange, endpoint: Endpoint) -> None:
+    async def serve(self, scope: Scope, receive: Receive, send: Send, endpoint: Endpoint) -> None:
         """Answer one request, whatever happens; every error gets OpenAI's shape."""
+        exchange = Exchange(scope, receive, send, self._settings.client_stall_timeout_s)
         meter = self._meters.begin(endpoint.path)
         status = "500"
         try:
@@ -160,7 +161,6 @@ class Dispatcher:
                     opening=_opening(shape, len(answer.choices), echoes),
                     include_usage=ask.include_usage,
                     fast=partial(_fast, job, wire, exchange, shape),
-                    stall_timeout_s=self._settings.client_stall_timeout_s,
                 )
                 meter.num_events = wire.num_events + sum(
                     len(choice.token_ids) - choice.num_careful for choice in answer.choices

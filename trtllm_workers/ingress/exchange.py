@@ -42,10 +42,16 @@ class Connection(Protocol):
 
 
 class Exchange:
-    """One request. ``status`` is the response's once it has started, else 0."""
+    """One request. ``status`` is the response's once it has started, else 0.
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    A client that takes nothing for ``stall_timeout_s`` is dropped, so that no write waits for ever.
+    """
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, stall_timeout_s: float = 30.0
+    ) -> None:
         self.scope = scope
+        self._stall_timeout_s = stall_timeout_s
         self._receive = receive
         self._send = send
         self.gone = False
@@ -151,11 +157,22 @@ class Exchange:
         """Send the head of the response."""
         headers.append((b"x-request-id", self.request_id.encode("ascii")))
         self.status = status
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._put({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
         """Send a piece of the response; waits while the client reads too slowly."""
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        await self._put({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _put(self, message: Event) -> None:
+        connection = self.connection
+        if connection is not None and not connection.flow.write_paused:
+            await self._send(message)  # cannot wait, so it needs no deadline
+            return
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await self._send(message)
+        except TimeoutError:
+            self.drop()
 
     async def respond(
         self, status: int, body: bytes, headers: list[tuple[bytes, bytes]] | None = None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -131,7 +132,7 @@ class Fleet:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Fleet]:
         """Follow discovery until the block ends."""
-        watcher = asyncio.create_task(self._watch(), name="fleet-watch")
+        watcher = _start(self._watch(), "fleet-watch")
         try:
             yield self
         finally:
@@ -168,8 +169,7 @@ class Fleet:
             known = self._workers.get(key)
             if known is None:
                 worker = self._workers[key] = Worker(record)
-                follower = asyncio.create_task(self._follow(worker), name=f"follow-{key[0]}")
-                self._followers[key] = follower
+                self._followers[key] = _start(self._follow(worker), f"follow-{key[0]}")
             elif known.record != record:
                 known.record = record
                 known.draining = known.draining or record.state is not WorkerState.READY
@@ -187,8 +187,7 @@ class Fleet:
             served.created_s = served.created_s or int(worker.record.started_at_s)
             loader = self._loaders.get(name)
             if served.text is None and (loader is None or loader.done()):
-                load = self._load(served, worker.record)
-                self._loaders[name] = asyncio.create_task(load, name=f"load-{name}")
+                self._loaders[name] = _start(self._load(served, worker.record), f"load-{name}")
         for name in [name for name, served in self.models.items() if not served.workers]:
             del self.models[name]
         self.changed.set()
@@ -214,7 +213,7 @@ class Fleet:
         while True:
             try:
                 peer = await self._plane.connect(worker.record.address, self._connect_timeout_s)
-            except PlaneError as error:
+            except (PlaneError, OSError) as error:
                 if worker.problem != str(error):
                     log.warning("worker unreachable", worker_id=worker.worker_id, error=str(error))
                 worker.problem = str(error)
@@ -292,3 +291,15 @@ class Fleet:
         least = [worker for worker in able if worker.in_flight == fewest]
         self._turn += 1
         return least[self._turn % len(least)]
+
+
+def _start(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(_look_at)
+    return task
+
+
+def _look_at(task: asyncio.Task[None]) -> None:
+    """Log the end of a task that should have gone on."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("fleet task failed", task=task.get_name(), exc_info=task.exception())

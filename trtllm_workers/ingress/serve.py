@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -67,6 +68,10 @@ async def _serve_http(
     host, port = sock.getsockname()[:2]
 
     def listening() -> None:
+        # What is there now stays: leave it out of every later collection, which would stop all
+        # streams for as long as it takes to look at it.
+        gc.collect()
+        gc.freeze()
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         log.info("listening", url=url)
         status.report("listening", detail=url)

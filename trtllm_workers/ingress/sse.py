@@ -208,7 +208,6 @@ async def stream_answer(
     opening: bytes,
     include_usage: bool,
     fast: Callable[[Choice], Path | None],
-    stall_timeout_s: float,
 ) -> None:
     """Send the response until the answer is over. ``opening`` goes before the first event.
 
@@ -223,7 +222,7 @@ async def stream_answer(
     await exchange.start(200, list(HEADERS))
     first = opening + wire.take()
     if not answer.over:
-        await _write(exchange, first, stall_timeout_s)
+        await exchange.write(first)
         first = b""
         wire.go_direct(answer.choices, fast)
     while not answer.over:
@@ -231,13 +230,10 @@ async def stream_answer(
         if exchange.gone:
             return
         if wire.has_pending and not answer.over:
-            await _write(exchange, wire.take(), stall_timeout_s)
+            await exchange.write(wire.take())
     wire.go_held()
-    await _write(
-        exchange,
-        first + wire.take() + _closing(answer, shape, exchange, include_usage),
-        stall_timeout_s,
-        more=False,
+    await exchange.write(
+        first + wire.take() + _closing(answer, shape, exchange, include_usage), more=False
     )
 
 
@@ -245,16 +241,3 @@ def _closing(answer: Answer, shape: Shape, exchange: Exchange, include_usage: bo
     if answer.failure is not None:
         return error_event(answer.failure, exchange.request_id)
     return (shape.usage_event(answer.usage()) if include_usage else b"") + DONE
-
-
-async def _write(exchange: Exchange, body: bytes, timeout_s: float, *, more: bool = True) -> None:
-    """Write with a deadline: a client that never reads must not hold the handler for ever."""
-    connection = exchange.connection
-    if connection is not None and not connection.flow.write_paused:
-        await exchange.write(body, more=more)  # cannot wait, so it needs no deadline
-        return
-    try:
-        async with asyncio.timeout(timeout_s):
-            await exchange.write(body, more=more)
-    except TimeoutError:
-        exchange.drop()

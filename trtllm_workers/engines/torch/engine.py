@@ -1,0 +1,189 @@
+"""The torch engine on the event loop: the contract's side of ``runner.py``. Knows no tensor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+
+from trtllm_workers.engines.base import Deliver, EngineOptions
+from trtllm_workers.engines.torch.accept import check_request
+from trtllm_workers.engines.torch.events import KvEventLog
+from trtllm_workers.engines.torch.runner import Outcome, Runner, Started, Stream
+from trtllm_workers.errors import EngineDead, LaunchError, RequestError
+from trtllm_workers.observe.logs import get_logger
+from trtllm_workers.types import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    KvEvent,
+    TokenChunk,
+)
+
+log = get_logger(__name__)
+
+# A step takes seconds at most, also on a slow CPU; a thread that outlives this hangs in a kernel.
+_CLOSE_TIMEOUT_S = 60.0
+
+
+def build(options: EngineOptions) -> TorchEngine:
+    """Build a torch engine; nothing is read before ``start``."""
+    return TorchEngine(options)
+
+
+class TorchEngine:
+    """See ``engines/base.py: Engine`` for the guarantees. All methods belong to one event loop."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._chunked_prefill: bool = options.config["enable_chunked_prefill"]
+        self._runner: Runner | None = None
+        self._info: EngineInfo | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended: asyncio.Future[None] | None = None
+        self._streams: dict[str, Stream] = {}
+        self._events = KvEventLog()
+        self._stats = EngineStats()
+        self._num_submitted = 0
+        self._num_taken = 0
+        self._death: EngineDead | None = None
+        self._has_died = asyncio.Event()
+        self._closed = False
+
+    async def start(self) -> EngineInfo:
+        if self._closed or self._runner is not None:
+            raise EngineDead("this engine was started or closed before; build another")
+        loop = self._loop = asyncio.get_running_loop()
+        started: asyncio.Future[Started] = loop.create_future()
+        ended = self._ended = loop.create_future()
+        self._runner = Runner(
+            self._options,
+            started=lambda result: self._call(_settle, started, result),
+            post=lambda outcome: self._call(self._apply, outcome),
+            ended=lambda: self._call(_settle, ended, None),
+        )
+        result = await started
+        if isinstance(result, LaunchError):
+            raise result
+        self._info = result
+        return result
+
+    def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
+        if self._death is not None:
+            raise EngineDead(str(self._death))
+        if self._closed or self._info is None or self._runner is None:
+            state = "is closed" if self._closed else "has not started"
+            raise EngineDead(f"request {request.request_id}: the torch engine {state}")
+        check_request(request, self._info, chunked_prefill=self._chunked_prefill)
+        if request.request_id in self._streams:
+            raise RequestError(
+                f"request_id '{request.request_id}' is running already; ids must be unique",
+                param="request_id",
+            )
+        stream = self._streams[request.request_id] = Stream(request, deliver)
+        self._num_submitted += 1
+        self._runner.submit(stream)
+
+    def abort(self, request_id: str) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None and self._runner is not None:
+            self._runner.abort(stream)
+
+    def kv_events(self) -> AsyncIterator[KvEvent]:
+        return self._events.follow()
+
+    def stats(self) -> EngineStats:
+        under_way = self._num_submitted - self._num_taken
+        if not under_way:
+            return self._stats
+        waiting = self._stats.num_waiting + under_way
+        return msgspec.structs.replace(self._stats, num_waiting=waiting)
+
+    async def died(self) -> EngineDead:
+        await self._has_died.wait()
+        assert self._death is not None  # set before the event
+        return self._death
+
+    async def close(self) -> None:
+        self._closed = True
+        runner, ended = self._runner, self._ended
+        if runner is None or ended is None:
+            self._events.close()
+            return
+        runner.stop()
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await asyncio.shield(ended)
+        except TimeoutError:
+            raise EngineDead(
+                f"the torch engine's thread did not end within {_CLOSE_TIMEOUT_S:.0f} s; "
+                "it hangs in a computation, and only the end of the process will end it"
+            ) from None
+        runner.join()
+        self._runner = None
+        self._num_submitted = self._num_taken
+        for stream in list(self._streams.values()):  # submitted while the thread was ending
+            self._deliver(stream, TokenChunk((), finish_reason=FinishReason.ABORT))
+        self._events.close()
+
+    # --- from the engine thread ----------------------------------------------------------------
+
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
+        """Run ``function`` on the loop; called in the engine thread."""
+        assert self._loop is not None  # set before the thread starts
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            # The loop ended without closing the engine: nobody is left to be told.
+            if self._runner is not None:
+                self._runner.stop()
+
+    def _apply(self, outcome: Outcome) -> None:
+        """Take over what one step made: cache changes and stats first, then the chunks."""
+        self._stats = outcome.stats
+        self._num_taken = outcome.num_taken
+        self._events.apply(outcome.changes)
+        if outcome.death is not None:
+            self._death = outcome.death
+        for stream, chunk in outcome.chunks:
+            self._deliver(stream, chunk)
+        if outcome.death is not None:
+            self._bury(outcome.death)
+
+    def _deliver(self, stream: Stream, chunk: TokenChunk) -> None:
+        if chunk.finish_reason is not None:
+            del self._streams[stream.request.request_id]
+        try:
+            stream.deliver(chunk)
+        except Exception as error:  # noqa: BLE001 - a consumer's fault; the others get theirs
+            assert self._loop is not None  # set before the first step
+            self._loop.call_exception_handler(
+                {
+                    "message": f"request {stream.request.request_id}: its consumer raised",
+                    "exception": error,
+                }
+            )
+            self.abort(stream.request.request_id)
+
+    def _bury(self, death: EngineDead) -> None:
+        """End streams the thread had not taken yet and wake those who wait for the death."""
+        self._num_submitted = self._num_taken
+        for stream in list(self._streams.values()):
+            self._deliver(
+                stream,
+                TokenChunk(
+                    (),
+                    finish_reason=FinishReason.ERROR,
+                    error_code=EngineDead.code,
+                    error_message=str(death),
+                ),
+            )
+        self._has_died.set()
+
+
+def _settle(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():
+        future.set_result(result)

@@ -1,0 +1,214 @@
+"""The decoder of Llama, Qwen2, Qwen3 and Mistral: token ids to logits. Knows no request.
+
+One call computes all rows of a step, whatever sequences they belong to; every operation treats rows
+independently (see ``linear.py`` and ``attention.py`` for the two where that takes care).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from trtllm_workers.engines.torch.attention import AttentionPlan, Span
+from trtllm_workers.engines.torch.checkpoint import Checkpoint
+from trtllm_workers.engines.torch.kv_memory import KvMemory
+from trtllm_workers.engines.torch.linear import Linear, can_pack, make_linear
+from trtllm_workers.engines.torch.model_config import ModelConfig
+from trtllm_workers.engines.torch.rope import pair_up, rotate, rotation_table
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's rows. ``last_rows`` are those whose logits are wanted."""
+
+    token_ids: list[int]
+    positions: list[int]
+    spans: list[Span]
+    last_rows: list[int]
+
+
+@dataclass(slots=True)
+class _Layer:
+    window: int | None
+    input_norm: torch.Tensor
+    qkv: Linear
+    qk_norm: torch.Tensor | None
+    out: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Model:
+    """Weights on ``device``, packed for its kernels, and the forward pass."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_positions: int,
+        pack: bool = True,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.packed = pack and can_pack(device, dtype)
+        self.max_positions = max_positions
+        self.min_rows: int | None = None  # attention's own choice
+        self._checkpoint = checkpoint
+        self._layers = [self._load_layer(index) for index in range(config.num_layers)]
+        self._norm = self._vector("model.norm.weight", config.hidden_size)
+        embedding = checkpoint.take(
+            "model.embed_tokens.weight", config.vocab_size, config.hidden_size
+        )
+        head = embedding
+        if not config.tied_embeddings:
+            head = checkpoint.take("lm_head.weight", config.vocab_size, config.hidden_size)
+        self.head = self._pack(head, None)
+        self._embedding = embedding.to(device, copy=True)
+        self._rotations = rotation_table(config.rope, config.head_dim, max_positions).to(device)
+        del self._checkpoint
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The products of the first layer: one of each shape, the head aside."""
+        first = self._layers[0]
+        return [first.qkv, first.out, first.gate_up, first.down]
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, memory: KvMemory) -> torch.Tensor:
+        """Return logits [len(last_rows), vocab] and write the rows' K and V to ``memory``."""
+        config = self.config
+        device = self.device
+        positions = torch.tensor(batch.positions, device=device)
+        rotation = self._rotations.index_select(0, positions)
+        slots = self._slots(batch, memory)
+        plans = {
+            window: AttentionPlan(memory, batch.spans, window, config.num_heads, self.min_rows)
+            for window in set(config.windows)
+        }
+        x = self._embedding.index_select(0, torch.tensor(batch.token_ids, device=device))
+        for index, layer in enumerate(self._layers):
+            x = self._attend(x, index, layer, rotation, slots, plans[layer.window], memory)
+            x = self._transform(x, layer)
+        if not batch.last_rows:
+            return x.new_empty((0, config.vocab_size))
+        if len(batch.last_rows) != len(batch.positions):
+            x = x.index_select(0, torch.tensor(batch.last_rows, device=device))
+        return self.head(self._normed(x, self._norm))
+
+    def _attend(
+        self,
+        x: torch.Tensor,
+        index: int,
+        layer: _Layer,
+        rotation: torch.Tensor,
+        slots: tuple[torch.Tensor, torch.Tensor],
+        attention: AttentionPlan,
+        memory: KvMemory,
+    ) -> torch.Tensor:
+        config = self.config
+        num_rotated = config.num_heads + config.num_kv_heads
+        heads = layer.qkv(self._normed(x, layer.input_norm))
+        heads = heads.view(x.shape[0], -1, config.head_dim)
+        rotated = heads[:, :num_rotated]
+        if layer.qk_norm is not None:
+            size = (config.head_dim,)
+            rotated = functional.rms_norm(rotated, size, None, config.norm_eps) * layer.qk_norm
+        rotated = rotate(rotated, rotation)
+        offset = index * 2 * config.num_kv_heads * memory.block_size
+        for target, source in zip(
+            slots, (rotated[:, config.num_heads :], heads[:, num_rotated:]), strict=True
+        ):
+            memory.token_rows.index_copy_(0, target + offset, source.reshape(-1, config.head_dim))
+        return layer.out(attention(rotated[:, : config.num_heads].contiguous(), index), x)
+
+    def _transform(self, x: torch.Tensor, layer: _Layer) -> torch.Tensor:
+        gate, up = layer.gate_up(self._normed(x, layer.post_norm)).chunk(2, dim=-1)
+        return layer.down(functional.silu(gate).mul_(up), x)
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, (self.config.hidden_size,), weight, self.config.norm_eps)
+
+    def _slots(self, batch: Batch, memory: KvMemory) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of ``memory.token_rows`` for each row's K and V at layer 0."""
+        size, kv_heads = memory.block_size, memory.num_kv_heads
+        firsts = [
+            span.blocks[position // size] * memory.heads_per_block * size + position % size
+            for span in batch.spans
+            for position in range(span.start, span.start + span.count)
+        ]
+        heads = torch.arange(kv_heads) * size
+        keys = (torch.tensor(firsts).unsqueeze(1) + heads).flatten().to(self.device)
+        return keys, keys + kv_heads * size
+
+    # --- loading -------------------------------------------------------------------------------
+
+    def _load_layer(self, index: int) -> _Layer:
+        config = self.config
+        name = f"model.layers.{index}"
+        hidden, inner = config.hidden_size, config.intermediate_size
+        q_size = config.num_heads * config.head_dim
+        return _Layer(
+            window=config.windows[index],
+            input_norm=self._vector(f"{name}.input_layernorm.weight", hidden),
+            qkv=self._load_qkv(f"{name}.self_attn"),
+            qk_norm=self._load_qk_norm(f"{name}.self_attn") if config.qk_norm else None,
+            out=self._linear(f"{name}.self_attn.o_proj", hidden, q_size, config.o_bias),
+            post_norm=self._vector(f"{name}.post_attention_layernorm.weight", hidden),
+            gate_up=self._linears(
+                [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"], inner, hidden, config.mlp_bias
+            ),
+            down=self._linear(f"{name}.mlp.down_proj", hidden, inner, config.mlp_bias),
+        )
+
+    def _load_qkv(self, name: str) -> Linear:
+        config = self.config
+        weights: list[torch.Tensor] = []
+        biases: list[torch.Tensor] = []
+        for part, num_heads in (
+            ("q", config.num_heads),
+            ("k", config.num_kv_heads),
+            ("v", config.num_kv_heads),
+        ):
+            size = num_heads * config.head_dim
+            found = [self._checkpoint.take(f"{name}.{part}_proj.weight", size, config.hidden_size)]
+            if config.qkv_bias:
+                found.append(self._checkpoint.take(f"{name}.{part}_proj.bias", size))
+            if part != "v":
+                found = [pair_up(tensor, config.head_dim) for tensor in found]
+            weights.append(found[0])
+            biases += found[1:]
+        return self._pack(torch.cat(weights), torch.cat(biases) if biases else None)
+
+    def _load_qk_norm(self, name: str) -> torch.Tensor:
+        """Return the norms of all q and k heads: [heads + KV heads, head_dim]."""
+        config = self.config
+        norms = [
+            pair_up(
+                self._checkpoint.take(f"{name}.{part}_norm.weight", config.head_dim),
+                config.head_dim,
+            ).expand(num_heads, -1)
+            for part, num_heads in (("q", config.num_heads), ("k", config.num_kv_heads))
+        ]
+        return torch.cat(norms).to(self.device)
+
+    def _linear(self, name: str, rows: int, columns: int, bias: bool) -> Linear:
+        return self._linears([name], rows, columns, bias)
+
+    def _linears(self, names: Seq[str], rows: int, columns: int, bias: bool) -> Linear:
+        weights = [self._checkpoint.take(f"{name}.weight", rows, columns) for name in names]
+        biases = [self._checkpoint.take(f"{name}.bias", rows) for name in names if bias]
+        return self._pack(torch.cat(weights), torch.cat(biases) if biases else None)
+
+    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return make_linear(weight, bias, device=self.device, packed=self.packed)
+
+    def _vector(self, name: str, size: int) -> torch.Tensor:
+        return self._checkpoint.take(name, size).to(self.device, copy=True)

@@ -1,0 +1,192 @@
+"""The engine's thread: loads, then steps while there is work. Knows the loop only as ``post``.
+
+Orders come through one queue and take effect between steps; what a step made leaves in one ``post``.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trtllm_workers.engines.base import Deliver, EngineOptions
+from trtllm_workers.engines.torch.core import Core
+from trtllm_workers.engines.torch.loading import load
+from trtllm_workers.engines.torch.pool import Change
+from trtllm_workers.errors import ConfigError, EngineDead, LaunchError, StartError
+from trtllm_workers.observe.logs import get_logger
+from trtllm_workers.types import EngineInfo, EngineStats, FinishReason, GenerateRequest, TokenChunk
+
+log = get_logger(__name__)
+
+
+class Stream:
+    """One accepted request on the loop's side. Compared by identity: ids may come again."""
+
+    __slots__ = ("deliver", "request")
+
+    def __init__(self, request: GenerateRequest, deliver: Deliver) -> None:
+        self.request = request
+        self.deliver = deliver
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the loop is told after a step. ``num_taken`` counts streams taken off the queue so far."""
+
+    chunks: list[tuple[Stream, TokenChunk]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    stats: EngineStats = field(default_factory=EngineStats)
+    num_taken: int = 0
+    death: EngineDead | None = None
+
+
+Started = EngineInfo | LaunchError
+
+
+class _Stopped(Exception):
+    """``stop`` was called while the model was loading."""
+
+
+class Runner:
+    """Owns the thread. ``started``, ``post`` and ``ended`` are called in it.
+
+    ``started`` comes once; unless it brought an error, ``post`` follows any number of times.
+    ``ended`` is the thread's last act.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        started: Callable[[Started], None],
+        post: Callable[[Outcome], None],
+        ended: Callable[[], None],
+    ) -> None:
+        self._options = options
+        self._started = started
+        self._post = post
+        self._ended = ended
+        self._orders: queue.SimpleQueue[tuple[Stream, bool] | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._num_taken = 0
+        self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, stream: Stream) -> None:
+        """Queue a request."""
+        self._orders.put((stream, True))
+
+    def abort(self, stream: Stream) -> None:
+        """Queue an abort."""
+        self._orders.put((stream, False))
+
+    def stop(self) -> None:
+        """Ask the thread to end after the step at hand; all streams end with ABORT."""
+        self._stopping.set()
+        self._orders.put(None)
+
+    def join(self) -> None:
+        """Wait for the thread; call after ``ended``, when it takes no time."""
+        self._thread.join()
+
+    # --- in the thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            core = self._load()
+            if core is not None:
+                self._serve(core)
+        finally:
+            self._ended()
+
+    def _load(self) -> Core[Stream] | None:
+        config = self._options.config
+        try:
+            num_threads = _num_threads(self._options.extra.get("num_threads"))
+            loaded = load(self._options.model_path, config, self._progress, num_threads)
+        except LaunchError as error:
+            self._started(error)
+            return None
+        except _Stopped:
+            self._started(StartError("the engine was closed while it was loading"))
+            return None
+        except Exception as error:  # the thread's border: start() raises it
+            log.error("loading failed", exc_info=True)
+            self._started(StartError(f"the torch engine could not load its model: {error!r}"))
+            return None
+        core: Core[Stream] = Core(
+            loaded,
+            chunked_prefill=config["enable_chunked_prefill"],
+            reuse=config["kv_cache_config.enable_block_reuse"],
+        )
+        self._post(Outcome(stats=core.stats()))
+        self._started(loaded.info)
+        return core
+
+    def _progress(self, share: float) -> None:
+        if self._stopping.is_set():
+            raise _Stopped
+        self._options.on_progress(share)
+
+    def _serve(self, core: Core[Stream]) -> None:
+        try:
+            while not self._stopping.is_set():
+                chunks = self._take_orders(core)
+                if not core.is_idle and not self._stopping.is_set():
+                    chunks += core.step()
+                self._tell(core, chunks)
+            self._tell(core, core.abort_all())
+        except Exception as error:  # the thread's border: the engine dies of it
+            log.error("the engine died", exc_info=True)
+            death = EngineDead(f"the torch engine cannot go on: a step failed with {error!r}")
+            self._tell(core, [(s, _dead(c, death)) for s, c in core.abort_all()], death)
+
+    def _take_orders(self, core: Core[Stream]) -> list[tuple[Stream, TokenChunk]]:
+        """Take all orders there are; wait for one when there is nothing else to do."""
+        ended: list[tuple[Stream, TokenChunk]] = []
+        while not self._stopping.is_set():
+            try:
+                order = self._orders.get(block=core.is_idle and not ended)
+            except queue.Empty:
+                break
+            if order is None:
+                break
+            stream, wanted = order
+            if wanted:
+                self._num_taken += 1
+                core.add(stream, stream.request)
+            else:
+                chunk = core.abort(stream)
+                if chunk is not None:
+                    ended.append((stream, chunk))
+        return ended
+
+    def _tell(
+        self,
+        core: Core[Stream],
+        chunks: list[tuple[Stream, TokenChunk]],
+        death: EngineDead | None = None,
+    ) -> None:
+        self._post(Outcome(chunks, core.pool.take_changes(), core.stats(), self._num_taken, death))
+
+
+def _dead(chunk: TokenChunk, death: EngineDead) -> TokenChunk:
+    return TokenChunk(
+        (),
+        finish_reason=FinishReason.ERROR,
+        cached_tokens=chunk.cached_tokens,
+        error_code=EngineDead.code,
+        error_message=str(death),
+    )
+
+
+def _num_threads(asked: str | None) -> int | None:
+    if asked is None:
+        return None
+    if not asked.isdecimal() or not int(asked):
+        raise ConfigError(
+            f"num_threads must be a positive whole number, not '{asked}'", param="num_threads"
+        )
+    return int(asked)

@@ -1,0 +1,84 @@
+"""One request inside the engine: its tokens, its blocks, how far it is. Decides nothing."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from trtllm_workers.blocks import block_hash, block_hashes
+from trtllm_workers.types import GenerateRequest
+
+_SEED_BITS = 63
+
+
+class Sequence:
+    """Mutable state of one request, owned by the engine thread.
+
+    ``tokens`` is prompt and output so far; KV of the first ``num_computed`` is in ``blocks``, of
+    which the first ``num_stored`` are shared under ``hashes``. A sequence computes the rest of
+    ``tokens`` in one or several steps and then samples one more: decoding is the case of one.
+    """
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "cached_tokens",
+        "hashes",
+        "num_computed",
+        "num_prompt",
+        "num_stored",
+        "output_counts",
+        "prompt_ids",
+        "request",
+        "root",
+        "seed",
+        "tokens",
+    )
+
+    def __init__(
+        self, request: GenerateRequest, arrival: int, root: bytes, block_size: int
+    ) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.arrival = arrival
+        self.root = root
+        self.tokens = list(request.prompt_token_ids)
+        self.num_prompt = len(self.tokens)
+        self.blocks: list[int] = []
+        self.hashes = block_hashes(self.tokens, block_size, root)
+        self.num_computed = 0
+        self.num_stored = 0
+        self.cached_tokens: int | None = None  # unknown until first scheduled
+        # A drawn seed stays with the request, so that preemption changes nothing.
+        self.seed = random.getrandbits(_SEED_BITS) if sampling.seed is None else sampling.seed
+        self.prompt_ids = sorted(set(self.tokens)) if sampling.repetition_penalty != 1.0 else []
+        self.output_counts: Counter[int] | None = (
+            Counter()
+            if sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+            else None
+        )
+
+    @property
+    def num_output(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens whose KV is still to be computed before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed
+
+    def append(self, token: int) -> None:
+        """Add a sampled token."""
+        self.tokens.append(token)
+        if self.output_counts is not None:
+            self.output_counts[token] += 1
+
+    def extend_hashes(self, block_size: int) -> None:
+        """Hash the blocks that ``num_computed`` has filled since."""
+        while (len(self.hashes) + 1) * block_size <= self.num_computed:
+            first = len(self.hashes) * block_size
+            parent = self.hashes[-1] if self.hashes else self.root
+            self.hashes.append(block_hash(parent, self.tokens[first : first + block_size]))

@@ -14,6 +14,7 @@ from trtllm_workers.blocks import block_hashes, root_hash
 from trtllm_workers.engines.base import Engine
 from trtllm_workers.types import (
     EngineInfo,
+    EngineStats,
     FinishReason,
     GenerateRequest,
     KvEvent,
@@ -203,3 +204,18 @@ async def store_marker(engine: Engine, info: EngineInfo, seed: int) -> bytes:
     prompt = prompt_of(1_000_000 + seed, info.block_size + 1)
     await tokens_of(engine, prompt, 1)
     return hashes_of(info, prompt)[0]
+
+
+def check_sum(stats: EngineStats) -> None:
+    """Fail unless the block counts add up."""
+    assert stats.free_blocks >= 0
+    assert stats.cached_blocks >= 0
+    assert stats.active_blocks >= 0
+    assert stats.free_blocks + stats.cached_blocks + stats.active_blocks == stats.total_blocks
+
+
+def check_idle(engine: Engine) -> None:
+    """Fail unless no request and no active block is left."""
+    stats = engine.stats()
+    check_sum(stats)
+    assert (stats.num_running, stats.num_waiting, stats.active_blocks) == (0, 0, 0)

@@ -1,6 +1,7 @@
-"""The engine contract, part 1: life, submission, streams, abort. Runs on every engine.
+"""The engine contract, part 1: life, submission, streams, death. Runs on every engine.
 
-Tokens are in test_engine_tokens.py, blocks and KV events in test_engine_blocks.py.
+Aborts are in test_engine_abort.py, tokens in test_engine_tokens.py, the pool, the prefix cache and
+KV events in test_engine_blocks.py.
 """
 
 from __future__ import annotations

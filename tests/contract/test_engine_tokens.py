@@ -1,4 +1,4 @@
-"""The engine contract, part 2: which tokens come out. Runs on every engine."""
+"""The engine contract, part 3: which tokens come out. Runs on every engine."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -81,7 +80,7 @@ def test_fastokens_gives_the_same_ids(tokenizer: Tokenizer, text: str) -> None:
     fastokens = pytest.importorskip("fastokens")
     fast = fastokens.Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     expected = tokenizer.encode(text, add_special_tokens=False).ids
-    assert list(fast.encode(text, add_special_tokens=False)) == expected
+    assert list(fast.encode(text, add_special_tokens=False).ids) == expected
 
 
 def test_tokenizer_is_a_plain_byte_level_bpe_with_every_byte() -> None:
@@ -156,17 +155,21 @@ def test_unseen_questions_are_unseen() -> None:
     assert [question for question, _ in load_unseen() if plain(question) in trained] == []
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_demo_answers_from_its_faq(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_demo_answers_from_its_faq(tokenizer: Tokenizer) -> None:
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    model = llama.LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
     answers = {entry.question: entry.answer for entry in load_faq()}
     for question in ("What is prefill?", "How do I start the server?"):
         messages = [{"role": "user", "content": question}]
-        prompt = chat_format.render(messages, add_generation_prompt=True)
-        ids = torch.tensor([tokenizer.encode(prompt).ids])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=80)
-        new = out[0, ids.shape[1] :].tolist()
-        assert new[-1] == chat_format.END_ID
-        assert tokenizer.decode(new) == answers[question]
+        ids = tokenizer.encode(chat_format.render(messages, add_generation_prompt=True)).ids
+        answer: list[int] = []
+        past = None
+        while chat_format.END_ID not in answer and len(answer) < 80:
+            with torch.inference_mode():
+                out = model(torch.tensor([ids]), past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            ids = [int(out.logits[0, -1].argmax())]
+            answer += ids
+        assert tokenizer.decode(answer) == answers[question]
+        assert answer[-1] == chat_format.END_ID

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from tests.unit.ingress.harness import byte_level_tokenizer, metaspace_tokenizer, write_checkpoint
+from tests.unit.ingress.checkpoints import (
+    byte_level_tokenizer,
+    metaspace_tokenizer,
+    write_checkpoint,
+)
 
 
 @pytest.fixture(scope="session")

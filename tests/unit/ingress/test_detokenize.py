@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.unit.ingress.harness import byte_level_tokenizer, metaspace_tokenizer
+from tests.unit.ingress.checkpoints import byte_level_tokenizer, metaspace_tokenizer
 from trtllm_workers.ingress.detokenize import ByteDecoder, TextTable, WindowDecoder
 
 BYTES = byte_level_tokenizer()

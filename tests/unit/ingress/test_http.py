@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
-import uvloop
 from tokenizers import Tokenizer
 
-from tests.unit.ingress.harness import MODEL, FakeWorker, http_stage, record, says
+from tests.unit.ingress.checkpoints import MODEL, record
+from tests.unit.ingress.fakes import FakeWorker, says
+from tests.unit.ingress.raw_http import (
+    MESSAGES,
+    chat_body,
+    connection,
+    on_uvloop,
+    read_chunks,
+    read_head,
+    read_response,
+    request,
+)
+from tests.unit.ingress.stage import http_stage
 from trtllm_workers.ingress.exchange import Exchange
-from trtllm_workers.ingress.http import IngressProtocol
 from trtllm_workers.planes.messages import Submit
 from trtllm_workers.types import FinishReason
 
 ANSWER = "Hello 日本 🎉 world. STOP here and there."
-MESSAGES: Any = [{"role": "user", "content": "Hi"}]
-
-
-def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run a test on the loop that serves in production: it differs in what writing to a lost
-    connection does."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(test(*args, **kwargs))
-
-    return run
 
 
 @asynccontextmanager
@@ -44,56 +39,6 @@ async def openai_client(port: int) -> AsyncIterator[openai.AsyncOpenAI]:
     url = f"http://127.0.0.1:{port}/v1"
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=10) as one:
         yield one
-
-
-def request(body: Any, *headers: str, path: str = "/v1/chat/completions") -> bytes:
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [
-        f"POST {path} HTTP/1.1",
-        "Host: test",
-        "Content-Type: application/json",
-        f"Content-Length: {len(content)}",
-        *headers,
-    ]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
-
-
-def chat_body(**fields: Any) -> dict[str, Any]:
-    return {"model": MODEL, "messages": MESSAGES, **fields}
-
-
-@asynccontextmanager
-async def connection(
-    port: int,
-) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        async with asyncio.timeout(15):
-            yield reader, writer
-    finally:
-        writer.close()
-
-
-async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    head = (await reader.readuntil(b"\r\n\r\n")).decode()
-    status, *lines = head.strip().split("\r\n")
-    headers = dict(line.lower().split(": ", 1) for line in lines)
-    return int(status.split()[1]), headers
-
-
-async def read_response(reader: asyncio.StreamReader) -> tuple[int, Any]:
-    status, headers = await read_head(reader)
-    return status, json.loads(await reader.readexactly(int(headers["content-length"])))
-
-
-async def read_chunks(reader: asyncio.StreamReader) -> list[bytes]:
-    """Return the HTTP chunks of a body: what each write put on the wire."""
-    chunks = []
-    while size := int(await reader.readline(), 16):
-        chunks.append(await reader.readexactly(size))
-        assert await reader.readexactly(2) == b"\r\n"
-    assert await reader.readexactly(2) == b"\r\n"
-    return chunks
 
 
 @on_uvloop
@@ -288,106 +233,6 @@ async def test_a_client_that_leaves_after_pipelining_aborts_the_request_in_work(
             await fake.until_submits(1)
         await fake.until(lambda: fake.aborted)
     assert len(fake.submits) == 1
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-@on_uvloop
-async def test_a_body_of_100_mb_is_refused_without_being_held(
-    checkpoint: Path, tokenizer: Tokenizer, chunked: bool
-) -> None:
-    fake = FakeWorker(record(checkpoint), says(tokenizer, ANSWER))
-    size = 100_000_000
-    async with http_stage(fake) as (_, port), connection(port) as (reader, writer):
-        framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
-        writer.write(
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\n{framing}\r\n\r\n".encode()
-        )
-        piece = b"x" * 1_000_000
-        for _ in range(size // len(piece)):
-            writer.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-            await writer.drain()
-        if chunked:
-            writer.write(b"0\r\n\r\n")
-        status, said = await read_response(reader)
-        assert status == 413
-        assert said["error"]["code"] == "request_too_large"
-        assert "at most 16777216 are accepted" in said["error"]["message"]
-        assert await reader.read() == b"", "the connection is closed"
-    assert fake.submits == []
-
-
-@on_uvloop
-async def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(
-    checkpoint: Path,
-) -> None:
-    async with (
-        http_stage(FakeWorker(record(checkpoint)), max_body_bytes=100) as (_, port),
-        connection(port) as (reader, writer),
-    ):
-        writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: 101\r\n"
-            b"Expect: 100-continue\r\n\r\n"
-        )
-        status, said = await read_response(reader)
-        assert status == 413
-        assert "has 101 bytes or more; at most 100" in said["error"]["message"]
-
-
-@on_uvloop
-async def test_a_client_that_does_not_read_is_dropped(
-    checkpoint: Path, tokenizer: Tokenizer
-) -> None:
-    word = tokenizer.encode(" world").ids[0]
-    fake = FakeWorker(record(checkpoint, max_seq_len=10_000_000))
-    async with http_stage(fake, max_unread_bytes=200_000) as (playing, port):
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.connect(("127.0.0.1", port))
-            sock.sendall(request(chat_body(stream=True)))
-            await fake.until_submits(1)
-            stream = fake.submits[0].stream
-            fake.chunk(stream, [word])
-            async with asyncio.timeout(20):
-                while not fake.aborted:
-                    for _ in range(200):
-                        fake.token(stream, word)
-                    await asyncio.sleep(0)
-        assert fake.aborted == [stream]
-        dispatcher = playing.ingress.dispatcher
-        assert dispatcher is not None
-        await asyncio.wait_for(dispatcher.idle.wait(), 5)
-        metrics = (await playing.client.get("/metrics")).text
-    assert 'aborted_requests_total{cause="slow_client"} 1.0' in metrics
-
-
-@on_uvloop
-async def test_a_client_that_pauses_and_reads_on_loses_nothing(
-    checkpoint: Path, tokenizer: Tokenizer
-) -> None:
-    word = tokenizer.encode("Hello").ids[0]
-    fake = FakeWorker(record(checkpoint, max_seq_len=10_000_000))
-    async with http_stage(fake, max_unread_bytes=50_000_000) as (playing, port):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2048)
-        try:
-            writer.write(request(chat_body(stream=True, max_tokens=30_000)))
-            await fake.until_submits(1)
-            stream = fake.submits[0].stream
-            fake.chunk(stream, [word])
-            await asyncio.wait_for(read_head(reader), 10)
-            for _ in range(29_999):
-                fake.token(stream, word)
-            assert playing.server is not None
-            [protocol] = playing.server.server_state.connections
-            assert isinstance(protocol, IngressProtocol)
-            assert protocol.flow.write_paused, "nobody reads"
-            fake.end(stream, FinishReason.LENGTH)
-            body = b""
-            while not body.endswith(b"0\r\n\r\n"):
-                body += await asyncio.wait_for(reader.read(1 << 20), 10)
-        finally:
-            writer.close()
-    assert body.count(b'"content":"Hell"') == 30_000
-    assert fake.aborted == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from tests.unit.ingress.harness import engine_info
+from tests.unit.ingress.checkpoints import engine_info
 from trtllm_workers.errors import ConfigError, StartError
 from trtllm_workers.ingress.ports import listen, port_owner
 from trtllm_workers.ingress.serve import IngressSettings, serve_ingress

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tests.unit.ingress.harness import CHATML, byte_level_tokenizer
+from tests.unit.ingress.checkpoints import CHATML, byte_level_tokenizer
 from trtllm_workers.errors import ConfigError, RequestError
 from trtllm_workers.ingress.template import ChatTemplate, load_chat_template
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, processors
 
-from tests.unit.ingress.harness import byte_level_tokenizer, write_checkpoint
+from tests.unit.ingress.checkpoints import byte_level_tokenizer, write_checkpoint
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.ingress.text import load_text_model
 

@@ -159,7 +159,11 @@ def first_token_after(argv: list[str], environ: dict[str, str], port: int) -> fl
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     headers = {"Content-Type": "application/json"}
     with subprocess.Popen(
-        argv, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        argv,
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     ) as up:
         try:
             while time.monotonic() < began + 60:
@@ -172,7 +176,7 @@ def first_token_after(argv: list[str], environ: dict[str, str], port: int) -> fl
                 time.sleep(0.02)
             raise SystemExit("no token within 60 s")
         finally:
-            up.send_signal(signal.SIGINT)
+            os.killpg(up.pid, signal.SIGINT)  # to the group, as a terminal does on Ctrl-C
             up.wait(END_TIMEOUT_S)
 
 

@@ -203,6 +203,6 @@ def _worker(worker: Worker) -> dict[str, Any]:
     }
     if worker.problem:
         shown["problem"] = worker.problem
-    if worker.stats is not None:
-        shown["stats"] = worker.stats
+    if worker.load is not None:
+        shown["stats"] = worker.load.stats
     return shown

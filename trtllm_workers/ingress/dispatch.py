@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import msgspec
 import structlog
 
 from trtllm_workers.errors import (
@@ -22,18 +21,16 @@ from trtllm_workers.errors import (
 )
 from trtllm_workers.ingress.answer import Answer
 from trtllm_workers.ingress.choice import Choice
-from trtllm_workers.ingress.detokenize import Decoder
 from trtllm_workers.ingress.exchange import Exchange, Receive, Scope, Send
 from trtllm_workers.ingress.fleet import Fleet, Served, Worker
+from trtllm_workers.ingress.job import Job, rest_of
 from trtllm_workers.ingress.meters import CLIENT_LEFT, Meters, RequestMeter
 from trtllm_workers.ingress.openai import Ask, parse_chat, parse_completion
 from trtllm_workers.ingress.prompt import budget, tokenize
 from trtllm_workers.ingress.responses import Shape
 from trtllm_workers.ingress.settings import IngressSettings
-from trtllm_workers.ingress.sse import Path, Wire, direct_path, risk, stream_answer
-from trtllm_workers.ingress.stops import StopMatcher
+from trtllm_workers.ingress.sse import Wire, stream_answer
 from trtllm_workers.ingress.streams import Streams
-from trtllm_workers.ingress.text import TextModel
 from trtllm_workers.ingress.whole import Collected, respond_whole
 from trtllm_workers.types import GenerateRequest
 
@@ -136,7 +133,7 @@ class Dispatcher:
             model=served.name,
             usage_field=ask.include_usage,
         )
-        job = _Job(ask, served, text)
+        job = Job(ask, served, text)
         wire = Wire(exchange, shape, self._settings) if ask.stream else None
         sink = Collected() if wire is None else wire
         answer = self._open(exchange, job)
@@ -158,9 +155,9 @@ class Dispatcher:
                     answer,
                     wire,
                     shape,
-                    opening=_opening(shape, len(answer.choices), echoes),
+                    opening=job.opening(shape, len(answer.choices), echoes),
                     include_usage=ask.include_usage,
-                    fast=partial(_fast, job, wire, exchange, shape),
+                    fast=partial(job.direct, wire, exchange, shape),
                 )
                 meter.num_events = wire.num_events + sum(
                     len(choice.token_ids) - choice.num_careful for choice in answer.choices
@@ -176,7 +173,7 @@ class Dispatcher:
         if limit and self._meters.num_in_work > limit:
             raise Overloaded(f"{limit} requests are in work already; try again later")
 
-    def _open(self, exchange: Exchange, job: _Job) -> Answer:
+    def _open(self, exchange: Exchange, job: Job) -> Answer:
         """Begin an answer: it has a deadline, and ``_close`` ends it however we leave."""
         answer = Answer(self._streams, exchange.wake, partial(self._move, job))
         timeout_s = self._settings.request_timeout_s
@@ -196,7 +193,7 @@ class Dispatcher:
     def _submit_choices(
         self,
         request_id: str,
-        job: _Job,
+        job: Job,
         answer: Answer,
         sink: Wire | Collected,
         prompt: list[int],
@@ -240,12 +237,11 @@ class Dispatcher:
                 worker = self._fleet.place(served, ask.fields, exclude=worker)
         raise Unavailable(f"no worker of model '{served.name}' can be reached")
 
-    def _move(self, job: _Job, choice: Choice, worker: Worker | None, error: LaunchError) -> bool:
+    def _move(self, job: Job, choice: Choice, worker: Worker | None, error: LaunchError) -> bool:
         """Let a choice go on at another worker, if it can; its client notices nothing.
 
-        The new worker gets the prompt and the tokens so far. That is only the same request when
-        nothing counts output tokens and no seeded draw has to be continued; otherwise the choice
-        may start over, as long as nobody has seen any of it.
+        The new worker gets the prompt and the tokens so far, when that is still the same request;
+        otherwise the choice may start over, as long as nobody has seen any of it.
         """
         if not isinstance(error, _MOVABLE) or choice.moves >= self._settings.migration_limit:
             return False
@@ -253,20 +249,11 @@ class Dispatcher:
         if not choice.token_ids or job.may_start_over:
             choice.restart(job.decoder(request.prompt_token_ids), job.matcher())
         elif job.may_go_on:
-            done = len(choice.token_ids)
-            sampling = request.sampling
-            if done >= sampling.max_tokens:
+            rest = rest_of(request, choice.token_ids)
+            if rest is None:
                 choice.finish("length", engine_runs=False)
                 return True
-            request = msgspec.structs.replace(
-                request,
-                prompt_token_ids=request.prompt_token_ids + choice.token_ids,
-                sampling=msgspec.structs.replace(
-                    sampling,
-                    max_tokens=sampling.max_tokens - done,
-                    min_tokens=max(0, sampling.min_tokens - done),
-                ),
-            )
+            request = rest
         else:
             return False
         choice.moves += 1
@@ -303,60 +290,6 @@ class Dispatcher:
     def num_answers(self) -> int:
         """Answers that have not ended."""
         return len(self._answers)
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What a choice of this request is made from, also when it is made anew."""
-
-    ask: Ask
-    served: Served
-    text: TextModel
-
-    def decoder(self, prompt: list[int]) -> Decoder:
-        continues = prompt if not self.ask.chat else ()
-        return self.text.decoder(skip_special_tokens=self.ask.skip_special_tokens, prompt=continues)
-
-    def matcher(self) -> StopMatcher | None:
-        stop = self.ask.stop
-        return StopMatcher(stop, include=self.ask.include_stop) if stop else None
-
-    def echo(self, prompt: list[int]) -> str:
-        """Return the prompt's text when the request wants it back."""
-        return self.text.decode(prompt, self.decoder([])) if self.ask.echo else ""
-
-    @property
-    def may_start_over(self) -> bool:
-        return not self.ask.stream
-
-    @property
-    def may_go_on(self) -> bool:
-        fields = self.ask.fields
-        greedy = fields.get("temperature") == 0
-        seeded = "seed" in fields and not greedy
-        return not (seeded or "presence_penalty" in fields or "frequency_penalty" in fields)
-
-
-def _fast(job: _Job, wire: Wire, exchange: Exchange, shape: Shape, choice: Choice) -> Path | None:
-    """Return the direct way of a choice's tokens, where one is right."""
-    table = job.text.table
-    ask = job.ask
-    connection = exchange.connection
-    if table is None or connection is None or ask.logprobs is not None:
-        return None
-    return direct_path(choice, wire, connection, shape, table.fragments, risk(ask.stop))
-
-
-def _opening(shape: Shape, num_choices: int, echoes: list[str]) -> bytes:
-    """Return the events before the first token: who speaks, or the prompt that is echoed."""
-    if shape.chat:
-        return b"".join(map(shape.role_event, range(num_choices)))
-    per_prompt = num_choices // len(echoes)
-    return b"".join(
-        shape.text_event(index, echoes[index // per_prompt], None)
-        for index in range(num_choices)
-        if echoes[index // per_prompt]
-    )
 
 
 def _check_min_tokens(ask: Ask, max_tokens: int) -> None:

@@ -25,7 +25,8 @@ from trtllm_workers.errors import (
 )
 from trtllm_workers.ingress.text import TextModel, load_text_model
 from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
-from trtllm_workers.types import Address, EngineStats, Role, WorkerRecord, WorkerState
+from trtllm_workers.planes.messages import WorkerStats
+from trtllm_workers.types import Address, Role, WorkerRecord, WorkerState
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +43,7 @@ class Worker:
         self.in_flight = 0
         self.draining = record.state is not WorkerState.READY
         self.problem = "not connected yet"
-        self.stats: EngineStats | None = None
+        self.load: WorkerStats | None = None
         self.lost = asyncio.Event()
 
     @property
@@ -251,11 +252,11 @@ class Fleet:
             worker.problem = reason
             self.changed.set()
 
-    def peer_stats(self, peer: Peer, stats: EngineStats) -> None:
+    def peer_stats(self, peer: Peer, load: WorkerStats) -> None:
         """Keep what a worker says about its load."""
         worker = self._by_address.get(peer.address)
         if worker is not None:
-            worker.stats = stats
+            worker.load = load
 
     def served(self, model: str) -> Served:
         """Return a model that is ready. Raises ModelNotFound, Unavailable."""

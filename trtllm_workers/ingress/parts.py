@@ -15,9 +15,14 @@ from trtllm_workers.ingress.fleet import Fleet, Worker
 from trtllm_workers.ingress.meters import Meters
 from trtllm_workers.ingress.settings import IngressSettings
 from trtllm_workers.ingress.streams import Streams
-from trtllm_workers.observe.metrics import Metrics
+from trtllm_workers.observe.metrics import Metrics, record_engine_stats
+from trtllm_workers.observe.metrics_table import TABLE
 from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
 from trtllm_workers.planes.messages import Drain, Message, Tokens, WorkerStats
+
+_REGISTERED = "trtllm_launch_registered_workers"
+_FRAMES = "trtllm_launch_frames_sent_total"
+_ENGINE_METRICS = tuple(spec.name for spec in TABLE if "worker_id" in spec.labels)
 
 # Tokenizers are loaded and large prompts encoded here; more threads than cores gain nothing.
 _TEXT_THREADS = 2
@@ -43,7 +48,7 @@ class Ingress:
         elif isinstance(message, Drain):
             self.fleet.peer_drains(peer, message.reason)
         elif isinstance(message, WorkerStats):
-            self.fleet.peer_stats(peer, message.stats)
+            self.fleet.peer_stats(peer, message)
 
     def on_lost(self, peer: Peer, error: PeerLost) -> None:
         """Take notice that a connection ended."""
@@ -66,7 +71,7 @@ class Ingress:
         dispatcher = self.dispatcher = Dispatcher(
             fleet, streams, Meters(self.metrics), self._settings
         )
-        self.metrics.before_render(self._count_workers)
+        self.metrics.before_render(self._show_workers)
         try:
             async with fleet.running():
                 yield make_app(dispatcher, fleet, self.metrics)
@@ -79,14 +84,20 @@ class Ingress:
         assert self.dispatcher is not None, "a fleet runs with its dispatcher"
         self.dispatcher.worker_lost(worker, error)
 
-    def _count_workers(self) -> None:
-        assert self.fleet is not None, "a fleet runs while metrics are shown"
-        name = "trtllm_launch_registered_workers"
-        self.metrics.remove(name)
+    def _show_workers(self) -> None:
+        """Set what is read from the workers when somebody looks; those that are gone show nothing."""
+        if self.fleet is None:
+            return
+        for name in (_REGISTERED, *_ENGINE_METRICS):
+            self.metrics.remove(name)
         for served in self.fleet.models.values():
             for worker in served.workers:
                 role, state = str(worker.record.role), worker.state
-                self.metrics.gauge(name, model=served.name, role=role, state=state).add()
+                self.metrics.gauge(_REGISTERED, model=served.name, role=role, state=state).add()
+                if worker.load is not None:
+                    record_engine_stats(self.metrics, worker.worker_id, worker.load.stats)
+                    frames = self.metrics.counter(_FRAMES, worker_id=worker.worker_id)
+                    frames.advance_to(worker.load.num_frames)
 
     async def drain(self, reason: str, timeout_s: float) -> bool:
         """Take no new requests and wait for the running ones. True when all have ended."""

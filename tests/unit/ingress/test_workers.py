@@ -194,13 +194,26 @@ async def test_several_models_are_served_side_by_side(
     assert [model["id"] for model in listed] == ["one", "two"]
 
 
-async def test_a_workers_load_is_shown(checkpoint: Path) -> None:
+async def test_a_workers_load_is_shown_while_it_is_there(checkpoint: Path) -> None:
     [alone] = fakes(checkpoint, 1)
+    stats = EngineStats(num_running=3, total_blocks=64, active_blocks=5, num_steps=70)
+    running = 'engine_running_requests{worker_id="w0"} 3.0'
     async with stage(alone) as playing:
-        alone.say(WorkerStats("w0", EngineStats(num_running=3, total_blocks=64), 9))
+        alone.say(WorkerStats("w0", stats, 9))
         health = (await playing.client.get("/health")).json()
+        metrics = (await playing.client.get("/metrics")).text
+        again = (await playing.client.get("/metrics")).text
+        playing.discovery.show()
+        await playing.until(lambda: not playing.fleet.models)
+        gone = (await playing.client.get("/metrics")).text
     [shown] = health["models"]["test/tiny"]["workers"]
     assert shown["stats"]["num_running"] == 3
+    for text in (metrics, again):
+        assert running in text
+        assert 'engine_blocks{state="active",worker_id="w0"} 5.0' in text
+        assert 'engine_steps_total{worker_id="w0"} 70.0' in text
+        assert 'frames_sent_total{worker_id="w0"} 9.0' in text
+    assert 'worker_id="w0"' not in gone
 
 
 async def test_discovery_that_fails_leaves_the_known_workers_in_place(

@@ -1,0 +1,60 @@
+"""Drives the engine's core step by step, without its thread. Holds no test."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from trtllm_workers.engines.torch.core import Core
+from trtllm_workers.engines.torch.loading import Loaded
+from trtllm_workers.types import GenerateRequest, SamplingParams, TokenChunk
+
+_IDS = itertools.count()
+
+
+def prompt_of(seed: int, length: int, vocab_size: int = 512) -> list[int]:
+    return random.Random(seed).choices(range(3, vocab_size), k=length)
+
+
+def request_of(
+    prompt: Sequence[int], max_tokens: int = 12, *, cache_salt: str = "", **sampling: Any
+) -> GenerateRequest:
+    fields = {"temperature": 0.0, "ignore_eos": True, **sampling}
+    return GenerateRequest(
+        request_id=f"r{next(_IDS)}",
+        prompt_token_ids=list(prompt),
+        sampling=SamplingParams(max_tokens=max_tokens, **fields),
+        cache_salt=cache_salt,
+    )
+
+
+class Driver:
+    """A core, and every chunk of every request given to it."""
+
+    def __init__(self, loaded: Loaded, *, reuse: bool, chunked: bool) -> None:
+        self.core: Core[str] = Core(loaded, reuse=reuse, chunked_prefill=chunked)
+        self.chunks: dict[str, list[TokenChunk]] = {}
+
+    def add(self, prompt: Sequence[int], max_tokens: int = 12, **options: Any) -> str:
+        request = request_of(prompt, max_tokens, **options)
+        self.core.add(request.request_id, request)
+        self.chunks[request.request_id] = []
+        return request.request_id
+
+    def step(self) -> None:
+        for key, chunk in self.core.step():
+            self.chunks[key].append(chunk)
+
+    def finish(self) -> None:
+        while not self.core.is_idle:
+            self.step()
+
+    def tokens(self, key: str) -> list[int]:
+        return [token for chunk in self.chunks[key] for token in chunk.token_ids]
+
+    def ask(self, prompt: Sequence[int], max_tokens: int = 12, **options: Any) -> list[int]:
+        key = self.add(prompt, max_tokens, **options)
+        self.finish()
+        return self.tokens(key)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import importlib
 import random
 import statistics
 import tempfile
@@ -146,15 +147,15 @@ class Peer:
     """transformers' continuous batching, its own manager kept running between measurements."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        transformers: Any = importlib.import_module("transformers")
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
-        self._config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        self._config = transformers.GenerationConfig(
+            do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
         self._model = model.eval()
 
     def measure(self, case: Case, prompts: Sequence[list[int]]) -> float:
@@ -202,7 +203,9 @@ async def bench(args: argparse.Namespace, dtype: str) -> None:
         peer = None if args.no_peer else Peer(folder, dtype)
     try:
         print(f"\n{dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        print(f"{'tokens/s':<18}{'ours':>9}{'limit':>9}{'of limit':>10}{'peer':>9}{'ours/peer':>11}")
+        print(
+            f"{'tokens/s':<18}{'ours':>9}{'limit':>9}{'of limit':>10}{'peer':>9}{'ours/peer':>11}"
+        )
         for case in cases:
             await ours.measure(case, case.prompts(chance))  # warm up
             if peer:

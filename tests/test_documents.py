@@ -42,3 +42,11 @@ def test_every_bash_block_runs(block: str) -> None:
 
 def test_the_documents_have_bash_blocks_to_run() -> None:
     assert BASH
+
+
+def test_the_http_document_names_every_field_there_is() -> None:
+    from trtllm_workers.ingress.schema import ChatBody, CompletionBody
+
+    named = set(re.findall(r"`([a-z_]+)`", (ROOT / "docs" / "http.md").read_text()))
+    fields = {*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__}
+    assert fields <= named, f"docs/http.md lacks {sorted(fields - named)}"

@@ -169,7 +169,7 @@ def test_separate_processes_find_each_other_and_a_stream_outlives_its_worker(
     url = ingress.wait_line(r"listening.*(http://[\d.:]+)").group(1)
     for name in ("left", "right"):
         ingress.wait_line(f"worker connected .*{name}")
-    ingress.wait_line("model loaded")
+    ingress.wait_line("tokenizer loaded")
     with httpx.Client(base_url=url, timeout=30) as http:
         whole = http.post("/v1/chat/completions", json={**body(120), "stream": False}).json()
         with http.stream("POST", "/v1/chat/completions", json=body(120)) as stream:

@@ -206,7 +206,7 @@ class Fleet:
             log.error("model cannot be served", model=served.name, error=str(error))
             return
         self.changed.set()
-        log.info("model loaded", model=served.name, encoder=served.text.encoder_name)
+        log.info("tokenizer loaded", model=served.name, encoder=served.text.encoder_name)
 
     async def _follow(self, worker: Worker) -> None:
         """Keep a connection to one worker for as long as its record lives."""

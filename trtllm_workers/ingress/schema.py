@@ -91,8 +91,10 @@ class ChatBody(Common, forbid_unknown_fields=True, kw_only=True):
     function_call: Any = None
     functions: Any = None
     modalities: Any = None
+    moderation: Any = None
     parallel_tool_calls: Flag = None
     prediction: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     reasoning_effort: Any = None
     response_format: Any = None

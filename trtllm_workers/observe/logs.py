@@ -189,6 +189,8 @@ class _Console:
         clock = str(fields.pop("time", ""))[11:-1]
         level = str(fields.pop("level", ""))
         process = fields.pop("process", "")
+        if fields.get("worker_id") == process:
+            del fields["worker_id"]  # a worker's lines name it already
         text = _one_line(str(fields.pop("event", "")))
         trace = fields.pop("exception", None)
         pairs = "".join(f"  {key}={_quoted(value)}" for key, value in fields.items())

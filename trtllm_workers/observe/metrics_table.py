@@ -146,10 +146,4 @@ TABLE: tuple[Spec, ...] = (
         ("worker_id",),
         "Token frames sent to ingresses.",
     ),
-    Spec(
-        "trtllm_launch_kv_events_total",
-        "counter",
-        ("worker_id", "kind"),
-        "KV events by kind: stored, removed or cleared.",
-    ),
 )

@@ -96,7 +96,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
         info = await _unless_stopped(engine.start(), stop)
         if info is None:
             return
-        log.info("model loaded", seconds=round(time.monotonic() - began_s, 2), **_summary(info))
+        log.info("engine started", seconds=round(time.monotonic() - began_s, 2), **_summary(info))
         status.report("registering")
         await mesh.start()
         service.attach(mesh)

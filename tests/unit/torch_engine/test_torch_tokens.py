@@ -39,7 +39,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def test_tokens_are_the_same_alone_in_a_batch_chunked_cached_and_preempted(
+def test_tokens_are_the_same_alone_in_a_batch_chunked_and_cached(
     driver: Callable[..., Driver], family: str
 ) -> None:
     fresh = driver(family, reuse=False)
@@ -54,9 +54,16 @@ def test_tokens_are_the_same_alone_in_a_batch_chunked_cached_and_preempted(
         for max_num_tokens in (16, 50):
             chunked = driver(family, max_num_tokens=max_num_tokens, max_batch_size=16)
             assert together(chunked, **sampling) == expected
-        # The longest subject alone takes 21 blocks in the end.
-        tight = driver(family, kv_cache_config__max_tokens=22 * 16)
-        assert together(tight, **sampling) == expected
+
+
+def test_tokens_are_the_same_after_preemption(driver: Callable[..., Driver], family: str) -> None:
+    expected = [driver(family, reuse=False).ask(prompt_of(i, 17), 70) for i in range(8)]
+    for reuse in (True, False):
+        # Eight that grow from 2 to 6 blocks in a pool of 14.
+        tight = driver(family, reuse=reuse, kv_cache_config__max_tokens=14 * 16)
+        keys = [tight.add(prompt_of(i, 17), 70) for i in range(8)]
+        tight.finish()
+        assert [tight.tokens(key) for key in keys] == expected
         assert tight.core.stats().preemptions > 0
         assert tight.core.pool.num_active == 0
 

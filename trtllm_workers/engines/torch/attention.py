@@ -4,7 +4,7 @@ A query row must not notice who else is in the batch, how the prompt was cut int
 its blocks lie. So every row goes through the same sums:
 
 * scores are products over head_dim alone, the same for any number of rows from ``min_rows`` up;
-* softmax runs in float32 over a length padded to ``GRANULE`` with -inf, which adds exact zeros;
+* softmax sums in float32 over a length padded to ``GRANULE`` with -inf, which adds exact zeros;
 * values are summed in tiles of ``KEY_TILE`` keys whose results are added in order of position.
 
 Decoding sequences are gathered in groups of about equal length; a group's gather fits the cache,
@@ -43,11 +43,15 @@ class Span:
 
 @dataclass(slots=True)
 class _Tile:
-    """Query positions [first, end) of a span over keys [key_first, key_end)."""
+    """Query positions [first, end) of a span over keys [key_first, key_end).
+
+    ``bias`` hides keys from ``key_masked`` on; every position sees those before.
+    """
 
     first: int
     end: int
     key_first: int
+    key_masked: int
     key_end: int
     bias: torch.Tensor
 
@@ -82,7 +86,6 @@ class AttentionPlan:
         self._window = window
         self._group = num_heads // memory.num_kv_heads
         self._device = memory.token_rows.device
-        self._scale = 1 / math.sqrt(memory.head_dim)
         self._min_rows = _MIN_ROWS.get(memory.token_rows.dtype, 1) if min_rows is None else min_rows
         singles = sorted((s for s in spans if s.count == 1), key=lambda s: -s.start)
         self._groups = [self._prompt(span) for span in spans if span.count > 1]
@@ -92,9 +95,12 @@ class AttentionPlan:
             singles = singles[size:]
 
     def __call__(self, query: torch.Tensor, layer: int) -> torch.Tensor:
-        """Return attention of ``query`` [rows, heads, dim] at ``layer``: [rows, heads × dim]."""
+        """Return attention of ``query`` [rows, heads, dim] at ``layer``: [rows, heads × dim].
+
+        Queries come multiplied by 1/√dim.
+        """
         memory = self._memory
-        out = torch.empty_like(query)
+        out = query.new_empty(query.shape)
         offset = layer * 2 * memory.num_kv_heads
         for group in self._groups:
             gathered = memory.head_rows.index_select(0, group.index + offset)
@@ -115,9 +121,8 @@ class AttentionPlan:
         num, heads, dim = query.shape
         rows = query.reshape(keys.shape[0], self._group, dim)
         scores = self._scores(rows, keys)
-        scores = scores.view(num, -1, scores.shape[1], scores.shape[2])
-        weights = torch.softmax(torch.add(bias, scores, alpha=self._scale), -1)
-        mixed = self._mix(weights.view(keys.shape[0], -1, keys.shape[1]), values, 0)
+        scores.view(num, -1, scores.shape[1], scores.shape[2]).add_(bias)
+        mixed = self._mix(torch.softmax(scores, -1), values)
         return mixed[:, : self._group].reshape(num, heads, dim)
 
     def _prefill(
@@ -130,26 +135,25 @@ class AttentionPlan:
         count, heads, dim = query.shape
         kv_heads = keys.shape[0]
         # Rows of one KV head: positions, and within a position the heads that share it.
-        rows = query.view(count, kv_heads, self._group, dim).transpose(0, 1)
+        rows = query.reshape(count, kv_heads, self._group, dim).transpose(0, 1)
         rows = rows.reshape(kv_heads, count * self._group, dim)
         out = torch.empty_like(rows)
         for tile in tiles:
             part = slice(tile.first * self._group, tile.end * self._group)
             seen = slice(tile.key_first, tile.key_end)
             size = (tile.end - tile.first) * self._group
-            scores = self._scores(rows[:, part], keys[:, seen])[:, :size]
-            scores = scores.view(kv_heads, -1, self._group, scores.shape[-1])
-            weights = torch.softmax(torch.add(tile.bias, scores, alpha=self._scale), -1)
-            weights = weights.view(kv_heads, size, -1)
-            out[:, part] = self._mix(weights, values[:, seen], self._min_rows)[:, :size]
+            scores = self._scores(rows[:, part], keys[:, seen])
+            # Of the padding rows only that they are finite matters.
+            masked = scores[:, :size, tile.key_masked - tile.key_first :]
+            masked.unflatten(1, (-1, self._group)).add_(tile.bias)
+            out[:, part] = self._mix(torch.softmax(scores, -1), values[:, seen])[:, :size]
         shaped = out.view(kv_heads, count, self._group, dim).transpose(0, 1)
         return shaped.reshape(count, heads, dim)
 
     def _scores(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return torch.bmm(_padded(rows, self._min_rows), keys.transpose(1, 2))
 
-    def _mix(self, weights: torch.Tensor, values: torch.Tensor, min_rows: int) -> torch.Tensor:
-        weights = _padded(weights.to(values.dtype), min_rows)
+    def _mix(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         length = values.shape[1]
         out = torch.bmm(weights[..., :KEY_TILE], values[:, :KEY_TILE])
         if length <= KEY_TILE:
@@ -195,9 +199,8 @@ class AttentionPlan:
     def _batch(self, singles: Seq[Span]) -> _Group:
         length = self._padded_length(singles[0].start + 1)
         positions = torch.tensor([span.start for span in singles])
-        rows = [span.first_row for span in singles]
         return _Group(
-            rows=torch.tensor(rows, device=self._device),
+            rows=_rows([span.first_row for span in singles], self._device),
             num_sequences=len(singles),
             length=length,
             index=self._index([span.blocks for span in singles], length),
@@ -211,13 +214,13 @@ class AttentionPlan:
         for first in range(0, span.count, QUERY_TILE):
             end = min(first + QUERY_TILE, span.count)
             key_end = self._padded_length(span.start + end)
-            key_first = 0
+            key_first, key_masked = 0, span.start + first
             if self._window is not None:
                 oldest = max(0, span.start + first - self._window + 1)
-                key_first = oldest // KEY_TILE * KEY_TILE
+                key_first = key_masked = oldest // KEY_TILE * KEY_TILE
             positions = torch.arange(span.start + first, span.start + end)
-            bias = self._bias(positions, key_first, key_end).view(end - first, 1, -1)
-            tiles.append(_Tile(first, end, key_first, key_end, bias))
+            bias = self._bias(positions, key_masked, key_end).view(end - first, 1, -1)
+            tiles.append(_Tile(first, end, key_first, key_masked, key_end, bias))
         return _Group(
             rows=slice(span.first_row, span.first_row + span.count),
             num_sequences=1,
@@ -228,13 +231,20 @@ class AttentionPlan:
         )
 
     def _bias(self, positions: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        """Return 0 where a position sees a key, -inf elsewhere: [positions, keys], float32."""
+        """Return 0 where a position sees a key, -inf elsewhere: [positions, keys]."""
         keys = torch.arange(first, end)
         hidden = keys > positions.unsqueeze(1)
         if self._window is not None:
             hidden |= keys <= positions.unsqueeze(1) - self._window
         bias = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-        return bias.to(self._device)
+        return bias.to(self._device, self._memory.token_rows.dtype)
+
+
+def _rows(rows: list[int], device: torch.device) -> slice | torch.Tensor:
+    """Return rows as a slice, which copies nothing, where they are neighbours."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
 
 
 def _padded(rows: torch.Tensor, min_rows: int) -> torch.Tensor:

@@ -197,7 +197,9 @@ def _batch_of(step: Step) -> tuple[Batch, list[Sequence]]:
     """Return a step's rows, and the sequences whose last row ends their tokens."""
     batch = Batch([], [], [], [])
     sampling: list[Sequence] = []
-    for sequence, count in [*((s, 1) for s in step.decodes), *step.prefills]:
+    # Longest first: attention then finds sequences of like length in neighbouring rows.
+    decodes = sorted(step.decodes, key=lambda sequence: -sequence.num_computed)
+    for sequence, count in [*((s, 1) for s in decodes), *step.prefills]:
         first = sequence.num_computed
         end = first + count
         batch.spans.append(Span(len(batch.positions), first, count, sequence.blocks))

@@ -49,6 +49,7 @@ class TorchEngine:
         self._stats = EngineStats()
         self._num_submitted = 0
         self._num_taken = 0
+        self._late_aborts = 0
         self._death: EngineDead | None = None
         self._has_died = asyncio.Event()
         self._closed = False
@@ -89,18 +90,21 @@ class TorchEngine:
 
     def abort(self, request_id: str) -> None:
         stream = self._streams.get(request_id)
-        if stream is not None and self._runner is not None:
+        if stream is not None and self._runner is not None and not stream.aborted:
+            stream.aborted = True
             self._runner.abort(stream)
 
     def kv_events(self) -> AsyncIterator[KvEvent]:
         return self._events.follow()
 
     def stats(self) -> EngineStats:
-        under_way = self._num_submitted - self._num_taken
-        if not under_way:
-            return self._stats
-        waiting = self._stats.num_waiting + under_way
-        return msgspec.structs.replace(self._stats, num_waiting=waiting)
+        stats = self._stats
+        return msgspec.structs.replace(
+            stats,
+            num_waiting=stats.num_waiting + self._num_submitted - self._num_taken,
+            aborts=stats.aborts + self._late_aborts,
+            finished=stats.finished - self._late_aborts,
+        )
 
     async def died(self) -> EngineDead:
         await self._has_died.wait()
@@ -156,6 +160,13 @@ class TorchEngine:
     def _deliver(self, stream: Stream, chunk: TokenChunk) -> None:
         if chunk.finish_reason is not None:
             del self._streams[stream.request.request_id]
+        if stream.aborted and chunk.finish_reason is not FinishReason.ERROR:
+            # The thread runs ahead of a loop that is late: its backlog is not for this stream.
+            if chunk.finish_reason is None:
+                return
+            if chunk.finish_reason is not FinishReason.ABORT:
+                self._late_aborts += 1  # it had ended by itself, unseen
+            chunk = TokenChunk((), FinishReason.ABORT, chunk.cached_tokens)
         try:
             stream.deliver(chunk)
         except Exception as error:  # noqa: BLE001 - a consumer's fault; the others get theirs

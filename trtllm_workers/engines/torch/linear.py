@@ -6,8 +6,9 @@ counts. Two ways that keep the promise:
 
 * ``PackedLinear``: weights reordered once for oneDNN. The batch hint fixes the layout and with it
   the order of each sum; measured for 1 to 4096 rows (tests/unit/torch_engine/test_invariance.py), and
-  faster as well. In bfloat16 sums longer than 1024 are cut again by row count, so such weights are
-  split and their pieces added in order.
+  faster as well. Sums longer than 1024 are cut by row count, so such weights are split and their
+  pieces added in order. In bfloat16 sums shorter than 64 round otherwise for a single row, so there
+  weights are padded with zeros to multiples of 64.
 * ``BucketLinear``: pads to buckets of a fixed row count, so every call is the same call. Slower, for
   processors without oneDNN's kernels and for CUDA.
 
@@ -22,6 +23,7 @@ import torch
 from torch.nn import functional
 
 MAX_INNER = 1024
+STEP = 64
 _HINTS = {torch.bfloat16: 1, torch.float32: 32}
 CPU_BUCKET = 32
 CUDA_BUCKET = 128
@@ -60,9 +62,11 @@ class PackedLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         inner = weight.shape[1]
-        limit = MAX_INNER if weight.dtype is torch.bfloat16 else inner
-        num_pieces = -(-inner // min(limit, MAX_INNER))
-        size = -(-inner // num_pieces)
+        self._missing = -inner % STEP if weight.dtype is torch.bfloat16 else 0
+        weight = functional.pad(weight, (0, self._missing))
+        inner += self._missing
+        num_pieces = -(-inner // MAX_INNER)
+        size = -(-inner // num_pieces // STEP) * STEP
         hint = _HINTS[weight.dtype]
         self._bias = None if bias is None else bias.clone()
         self._pieces = [
@@ -77,6 +81,8 @@ class PackedLinear:
         ]
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if self._missing:
+            x = functional.pad(x, (0, self._missing))
         if len(self._pieces) == 1:
             weight = self._pieces[0][2]
             if residual is None:

@@ -121,13 +121,13 @@ class Model:
         if layer.qk_norm is not None:
             size = (config.head_dim,)
             rotated = functional.rms_norm(rotated, size, None, config.norm_eps) * layer.qk_norm
-        rotated = rotate(rotated, rotation)
+        rotated = rotate(rotated, rotation, config.num_heads, config.head_dim**-0.5)
         offset = index * 2 * config.num_kv_heads * memory.block_size
         for target, source in zip(
             slots, (rotated[:, config.num_heads :], heads[:, num_rotated:]), strict=True
         ):
             memory.token_rows.index_copy_(0, target + offset, source.reshape(-1, config.head_dim))
-        return layer.out(attention(rotated[:, : config.num_heads].contiguous(), index), x)
+        return layer.out(attention(rotated[:, : config.num_heads], index), x)
 
     def _transform(self, x: torch.Tensor, layer: _Layer) -> torch.Tensor:
         gate, up = layer.gate_up(self._normed(x, layer.post_norm)).chunk(2, dim=-1)

@@ -54,8 +54,15 @@ def pair_up(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
-def rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotate [rows, heads, head_dim] by [rows, 1, head_dim / 2]; result in the dtype of ``heads``."""
+def rotate(
+    heads: torch.Tensor, rotation: torch.Tensor, num_queries: int, scale: float
+) -> torch.Tensor:
+    """Rotate [rows, heads, head_dim] by [rows, 1, head_dim / 2]; result in the dtype of ``heads``.
+
+    The first ``num_queries`` heads are also multiplied by ``scale``, before rounding.
+    """
     rows, num_heads, head_dim = heads.shape
     pairs = torch.view_as_complex(heads.float().view(rows, num_heads, head_dim // 2, 2))
-    return torch.view_as_real(pairs * rotation).view(rows, num_heads, head_dim).to(heads.dtype)
+    rotated = torch.view_as_real(pairs * rotation).view(rows, num_heads, head_dim)
+    rotated[:, :num_queries] *= scale
+    return rotated.to(heads.dtype)

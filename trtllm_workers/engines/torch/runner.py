@@ -22,13 +22,17 @@ log = get_logger(__name__)
 
 
 class Stream:
-    """One accepted request on the loop's side. Compared by identity: ids may come again."""
+    """One accepted request on the loop's side. Compared by identity: ids may come again.
 
-    __slots__ = ("deliver", "request")
+    ``aborted``: what the engine thread had posted before it heard of the abort is dropped.
+    """
+
+    __slots__ = ("aborted", "deliver", "request")
 
     def __init__(self, request: GenerateRequest, deliver: Deliver) -> None:
         self.request = request
         self.deliver = deliver
+        self.aborted = False
 
 
 @dataclass(slots=True)

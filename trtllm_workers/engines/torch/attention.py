@@ -145,7 +145,7 @@ class AttentionPlan:
             scores = self._scores(rows[:, part], keys[:, seen])
             # Of the padding rows only that they are finite matters.
             masked = scores[:, :size, tile.key_masked - tile.key_first :]
-            masked.unflatten(1, (-1, self._group)).add_(tile.bias)
+            masked.view(kv_heads, -1, self._group, masked.shape[-1]).add_(tile.bias)
             out[:, part] = self._mix(torch.softmax(scores, -1), values[:, seen])[:, :size]
         shaped = out.view(kv_heads, count, self._group, dim).transpose(0, 1)
         return shaped.reshape(count, heads, dim)

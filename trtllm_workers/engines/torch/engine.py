@@ -147,6 +147,8 @@ class TorchEngine:
 
     def _apply(self, outcome: Outcome) -> None:
         """Take over what one step made: cache changes and stats first, then the chunks."""
+        if self._runner is not None:
+            self._runner.applied()
         self._stats = outcome.stats
         self._num_taken = outcome.num_taken
         self._events.apply(outcome.changes)

@@ -48,6 +48,9 @@ class Outcome:
 
 Started = EngineInfo | LaunchError
 
+# How soon a thread that waits for a stalled loop notices that it should end.
+_LOOK_AROUND_S = 0.2
+
 
 class _Stopped(Exception):
     """``stop`` was called while the model was loading."""
@@ -75,6 +78,7 @@ class Runner:
         self._orders: queue.SimpleQueue[tuple[Stream, bool] | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._num_taken = 0
+        self._room = threading.Semaphore(1)
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
         self._thread.start()
 
@@ -85,6 +89,14 @@ class Runner:
     def abort(self, stream: Stream) -> None:
         """Queue an abort."""
         self._orders.put((stream, False))
+
+    def applied(self) -> None:
+        """Say that the loop has dealt with one ``post``.
+
+        The thread computes the next step meanwhile, but posts it only then: running further ahead
+        of a loop that is late would delay aborts and pile up tokens.
+        """
+        self._room.release()
 
     def stop(self) -> None:
         """Ask the thread to end after the step at hand; all streams end with ABORT."""
@@ -125,7 +137,7 @@ class Runner:
             chunked_prefill=config["enable_chunked_prefill"],
             reuse=config["kv_cache_config.enable_block_reuse"],
         )
-        self._post(Outcome(stats=core.stats()))
+        self._tell(core, [])
         self._started(loaded.info)
         return core
 
@@ -173,6 +185,9 @@ class Runner:
         chunks: list[tuple[Stream, TokenChunk]],
         death: EngineDead | None = None,
     ) -> None:
+        while not self._room.acquire(timeout=_LOOK_AROUND_S):
+            if self._stopping.is_set():
+                break
         self._post(Outcome(chunks, core.pool.take_changes(), core.stats(), self._num_taken, death))
 
 

@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/torch_engine.py
     .venv/bin/python benchmarks/torch_engine.py --dtype bfloat16 --batch 1 --batch 32 --repeats 5
+    .venv/bin/python benchmarks/torch_engine.py --threads 1      # steadier on a busy machine
 
 A random-weight Llama of 124.7M parameters (hidden 768, 12 layers, 12 heads over 4 KV heads,
 intermediate 2048, vocabulary 32,000) is written to a temporary folder. Each repeat measures memory
@@ -108,7 +109,8 @@ class Ours:
             kv_cache_config__max_tokens=65_536,
             kv_cache_config__enable_block_reuse=False,
         )
-        self._engine = build_engine("torch", EngineOptions(folder, config))
+        extra = {"num_threads": str(torch.get_num_threads())}
+        self._engine = build_engine("torch", EngineOptions(folder, config, extra=extra))
 
     async def start(self) -> None:
         await self._engine.start()
@@ -252,11 +254,15 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens of decode cases")
     parser.add_argument("--output", type=int, default=64, help="output tokens of decode cases")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="for all three"
+    )
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     args = parser.parse_args()
     args.batch = args.batch or [1, 8, 32]
     args.long_batch = args.long_batch or [1, 8]
     setup_logs("benchmark", fmt="console", level="warning", path=None)
+    torch.set_num_threads(args.threads)
     for dtype in args.dtype or ("bfloat16", "float32"):
         asyncio.run(bench(args, dtype))
 

@@ -17,7 +17,9 @@ DOCUMENTS = [
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    found = re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        rf"^```{language}\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE
+    )
     return [str(block) for block in found]
 
 

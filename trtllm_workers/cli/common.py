@@ -35,10 +35,15 @@ def warn_alone(warnings: Collection[str], environ: Mapping[str, str]) -> None:
         warn(warnings)
 
 
-def roots_of_runs(given: str | None, environ: Mapping[str, str]) -> list[Path]:
-    """Return where to look for runs; other settings may be wrong without harm to ps and stop."""
+def roots_of_runs(given: str | None, environ: Mapping[str, str]) -> tuple[list[Path], bool]:
+    """Return where to look for runs, and whether runs that lie elsewhere count too.
+
+    A run directory that was named holds all that is meant; two of them do not see each other. Other
+    settings may be wrong without harm to ps and stop.
+    """
     variables = next(option.env for option in LAUNCH_OPTIONS if option.name == "run_dir")
-    named = read_text(variables, environ)
-    if given:
-        return run_roots(Path(given).expanduser())
-    return run_roots(Path(named[1]).expanduser() if named else state_dir(environ))
+    found = read_text(variables, environ)
+    named = given or (found[1] if found else None)
+    if named:
+        return [Path(named).expanduser().absolute()], False
+    return run_roots(state_dir(environ)), True

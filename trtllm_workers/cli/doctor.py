@@ -40,7 +40,8 @@ def command(as_json: bool, **values: Any) -> int:
     from trtllm_workers.errors import ConfigError
 
     environ = environment()
-    runs = find_runs(roots_of_runs(values["run_dir"], environ))
+    roots, elsewhere = roots_of_runs(values["run_dir"], environ)
+    runs = find_runs(roots, elsewhere=elsewhere)
     findings = examine(explicit(values), environ, runs)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(findings), indent=2).decode())

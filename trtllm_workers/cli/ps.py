@@ -19,7 +19,8 @@ def command(run_dir: str | None, as_json: bool) -> int:
     from trtllm_workers.deploy.listing import as_table, rows_of
     from trtllm_workers.deploy.run import find_runs
 
-    runs = find_runs(roots_of_runs(run_dir, environment()))
+    roots, elsewhere = roots_of_runs(run_dir, environment())
+    runs = find_runs(roots, elsewhere=elsewhere)
     rows = rows_of(runs)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode())

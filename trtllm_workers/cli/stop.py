@@ -25,8 +25,10 @@ def command(run_id: str | None, run_dir: str | None, every: bool, now: bool) -> 
 
     if every and run_id is not None:
         raise ConfigError("give a run id or --all, not both", param="run_id")
-    roots = roots_of_runs(run_dir, environment())
-    chosen = choose_runs(find_runs(roots), run_id, every=every)
+    roots, elsewhere = roots_of_runs(run_dir, environment())
+    # A run that is named is meant, wherever its folder lies.
+    runs = find_runs(roots, elsewhere=elsewhere or run_id is not None)
+    chosen = choose_runs(runs, run_id, every=every)
     if not chosen:
         print("no run is there")
     left: list[str] = []

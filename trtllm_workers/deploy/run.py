@@ -183,10 +183,10 @@ class Run:
         return self.launcher is not None or bool(self.members)
 
 
-def find_runs(roots: Sequence[Path]) -> list[Run]:
+def find_runs(roots: Sequence[Path], *, elsewhere: bool = True) -> list[Run]:
     """Return every run that has a record under ``roots`` or a live process on this host.
 
-    Only this user's processes can be seen. The calling process is in no run.
+    Without ``elsewhere`` processes of runs whose folder lies outside ``roots`` do not count. Only this user's processes can be seen. The calling process is in no run.
     """
     runs: dict[str, Run] = {}
     for root in roots:
@@ -199,7 +199,8 @@ def find_runs(roots: Sequence[Path]) -> list[Run]:
     live = [process for process in proc.everyone() if process.pid != os.getpid()]
     for process in live:
         tags = proc.variables(process.pid)
-        if run_id := tags.get(RUN_ID):
+        run_id = tags.get(RUN_ID)
+        if run_id and (elsewhere or run_id in runs or _lies_under(roots, tags)):
             run = runs.setdefault(run_id, _unrecorded(run_id, tags))
             run.members[process.pid] = (tags.get(PROCESS, "unnamed"), process)
     for run in runs.values():
@@ -230,6 +231,11 @@ def _add_recorded(run: Run, record: RunRecord, live: Iterable[proc.Proc]) -> Non
     for process in live:
         if process.session in sessions and process.pid not in run.members:
             run.members[process.pid] = (sessions[process.session], process)
+
+
+def _lies_under(roots: Sequence[Path], tags: Mapping[str, str]) -> bool:
+    folder = tags.get(RUN_FOLDER)
+    return folder is not None and Path(folder).parent in roots
 
 
 def _unrecorded(run_id: str, tags: Mapping[str, str]) -> Run:

@@ -70,7 +70,7 @@ def new_folder(root: Path, run_id: str = "abc123") -> RunFolder:
 
 
 def only_run(root: Path) -> runs.Run:
-    (run,) = find_runs([root])
+    (run,) = find_runs([root], elsewhere=False)
     return run
 
 
@@ -119,7 +119,7 @@ def test_pids_of_another_boot_or_host_mean_nothing(tmp_path: Path) -> None:
 
 def test_record_that_cannot_be_read_is_skipped(tmp_path: Path) -> None:
     (new_folder(tmp_path).path / "run.json").write_text('{"run_id": 3')
-    assert find_runs([tmp_path, tmp_path / "missing"]) == []
+    assert find_runs([tmp_path, tmp_path / "missing"], elsewhere=False) == []
 
 
 def test_remove_keeps_logs_only_when_told_and_only_full_ones(tmp_path: Path) -> None:

@@ -67,11 +67,12 @@ PORT = Option(
 def command(**values: Any) -> int:
     """Run one worker: an engine behind the request plane."""
     from trtllm_workers.cli.part import begin_logs, discovery_of, own_value, run_loop
-    from trtllm_workers.config.env import environment
+    from trtllm_workers.config.env import calm_openmp, environment
     from trtllm_workers.deploy.prepare import prepare
     from trtllm_workers.observe.status import StatusFile
 
     environ = environment()
+    calm_openmp()
     status_file = own_value(STATUS_FILE, values["status_file"])
     StatusFile(status_file).report("starting")
     prepared = prepare(explicit(values), environ)

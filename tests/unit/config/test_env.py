@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from trtllm_workers.config.env import (
+    calm_openmp,
     child_environment,
     hub_cache_dir,
     read_text,
@@ -111,3 +112,17 @@ def test_colour_follows_terminal_and_wishes(
     environ: dict[str, str], is_terminal: bool, wanted: bool
 ) -> None:
     assert wants_colour(environ, is_terminal) is wanted
+
+
+def test_openmp_is_calmed_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    calm_openmp()
+    assert environment()["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    calm_openmp()
+    assert int(environment()["GOMP_SPINCOUNT"]) > 0
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    calm_openmp()
+    assert "GOMP_SPINCOUNT" not in environment()

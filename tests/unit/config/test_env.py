@@ -7,6 +7,7 @@ import pytest
 from trtllm_workers.config.env import (
     calm_openmp,
     child_environment,
+    environment,
     hub_cache_dir,
     read_text,
     state_dir,

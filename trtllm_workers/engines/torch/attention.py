@@ -26,7 +26,8 @@ from trtllm_workers.engines.torch.kv_memory import KvMemory
 KEY_TILE = 256
 QUERY_TILE = 64  # positions
 GRANULE = 64
-_GATHER_BYTES = 4 << 20
+# Larger groups mean fewer calls; at this size a group still fits the last cache.
+_GATHER_BYTES = 16 << 20
 # With fewer rows float32 products take another kernel (measured: below 6).
 _MIN_ROWS = {torch.float32: 8}
 
@@ -58,7 +59,10 @@ class _Tile:
 
 @dataclass(slots=True)
 class _Group:
-    """What a gather serves: one span cut into tiles, or single rows of many sequences."""
+    """What a gather serves: one span cut into tiles, or single rows of many sequences.
+
+    ``index`` holds rows of the pool at ``layer``.
+    """
 
     rows: slice | torch.Tensor
     num_sequences: int
@@ -66,6 +70,7 @@ class _Group:
     index: torch.Tensor
     tiles: list[_Tile] | None
     bias: torch.Tensor
+    layer: int = 0
 
 
 class AttentionPlan:
@@ -97,21 +102,28 @@ class AttentionPlan:
     def __call__(self, query: torch.Tensor, layer: int) -> torch.Tensor:
         """Return attention of ``query`` [rows, heads, dim] at ``layer``: [rows, heads × dim].
 
-        Queries come multiplied by 1/√dim.
+        Products of queries and keys come divided by √dim (see ``rope.py``).
         """
-        memory = self._memory
+        first = self._groups[0]
+        if len(self._groups) == 1 and isinstance(first.rows, slice):  # then it has all rows
+            return self._attend(query, layer, first).reshape(query.shape[0], -1)
         out = query.new_empty(query.shape)
-        offset = layer * 2 * memory.num_kv_heads
         for group in self._groups:
-            gathered = memory.head_rows.index_select(0, group.index + offset)
-            keys, values = gathered.view(
-                2, group.num_sequences * memory.num_kv_heads, group.length, memory.head_dim
-            )
-            if group.tiles is None:
-                out[group.rows] = self._decode(query[group.rows], keys, values, group.bias)
-            else:
-                out[group.rows] = self._prefill(query[group.rows], keys, values, group.tiles)
+            out[group.rows] = self._attend(query[group.rows], layer, group)
         return out.view(out.shape[0], -1)
+
+    def _attend(self, query: torch.Tensor, layer: int, group: _Group) -> torch.Tensor:
+        memory = self._memory
+        # In place: layers come in order, and a plan lives for one pass through them.
+        index = group.index.add_((layer - group.layer) * 2 * memory.num_kv_heads)
+        group.layer = layer
+        gathered = memory.head_rows.index_select(0, index)
+        keys, values = gathered.view(
+            2, group.num_sequences * memory.num_kv_heads, group.length, memory.head_dim
+        )
+        if group.tiles is None:
+            return self._decode(query, keys, values, group.bias)
+        return self._prefill(query, keys, values, group.tiles)
 
     # --- computing -----------------------------------------------------------------------------
 
@@ -154,14 +166,19 @@ class AttentionPlan:
         return torch.bmm(_padded(rows, self._min_rows), keys.transpose(1, 2))
 
     def _mix(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        length = values.shape[1]
-        out = torch.bmm(weights[..., :KEY_TILE], values[:, :KEY_TILE])
+        num, length, dim = values.shape
         if length <= KEY_TILE:
-            return out
-        total = out.float()
-        for first in range(KEY_TILE, length, KEY_TILE):
-            end = first + KEY_TILE
-            total += torch.bmm(weights[..., first:end], values[:, first:end])
+            return torch.bmm(weights, values)
+        # All tiles in one product: each call to it costs as much as a small tile's arithmetic.
+        num_tiles = length // KEY_TILE
+        tiled = weights.view(num, -1, num_tiles, KEY_TILE).transpose(1, 2)
+        parts = torch.bmm(
+            tiled.reshape(num * num_tiles, -1, KEY_TILE),
+            values.reshape(num * num_tiles, KEY_TILE, dim),
+        ).view(num, num_tiles, -1, dim)
+        total = parts[:, 0].float()
+        for tile in range(1, num_tiles):
+            total += parts[:, tile]
         return total.to(values.dtype)
 
     # --- planning ------------------------------------------------------------------------------
@@ -181,7 +198,8 @@ class AttentionPlan:
         return size
 
     def _padded_length(self, length: int) -> int:
-        granule = max(GRANULE, self._memory.block_size)
+        """Return whole granules up to one key tile, whole tiles beyond."""
+        granule = max(GRANULE, self._memory.block_size) if length <= KEY_TILE else KEY_TILE
         return -(-length // granule) * granule
 
     def _index(self, tables: Seq[Seq[int]], length: int) -> torch.Tensor:

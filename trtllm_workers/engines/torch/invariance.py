@@ -31,11 +31,11 @@ def rows_are_invariant(
 
 @torch.inference_mode()
 def products_are_invariant(model: Model) -> bool:
-    """Return whether all of a model's products keep rows apart."""
+    """Return whether a model's products keep rows apart: one of each shape is tried."""
     config = model.config
     hidden = config.hidden_size
     inners = (hidden, config.num_heads * config.head_dim, hidden, config.intermediate_size)
-    checked = [*zip(model.linears, inners, strict=True), (model.head, hidden)]
+    checked = [*zip(model.linears[:4], inners, strict=True), (model.head, hidden)]
     return all(
         rows_are_invariant(linear, inner, model.dtype, model.device) for linear, inner in checked
     )

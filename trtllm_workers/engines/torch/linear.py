@@ -80,6 +80,13 @@ class PackedLinear:
             for first in range(0, inner, size)
         ]
 
+    def memory(self) -> list[tuple[int, int]]:
+        """Return address and bytes of each packed piece."""
+        return [
+            (torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight))
+            for _first, _end, weight in self._pieces
+        ]
+
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if self._missing:
             x = functional.pad(x, (0, self._missing))
@@ -101,7 +108,8 @@ class PackedLinear:
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    # The overload by name: resolving it takes as long as a small product.
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return out
 
 

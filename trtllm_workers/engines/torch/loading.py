@@ -15,9 +15,10 @@ from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.engines.torch.accept import CAPABILITIES
 from trtllm_workers.engines.torch.attention import QUERY_TILE
 from trtllm_workers.engines.torch.checkpoint import Checkpoint, model_id_of, weight_files
+from trtllm_workers.engines.torch.huge_pages import HugePages
 from trtllm_workers.engines.torch.invariance import forward_is_invariant, products_are_invariant
 from trtllm_workers.engines.torch.kv_memory import KvMemory
-from trtllm_workers.engines.torch.linear import can_pack
+from trtllm_workers.engines.torch.linear import PackedLinear, can_pack
 from trtllm_workers.engines.torch.model import Model
 from trtllm_workers.engines.torch.model_config import ModelConfig, read_model_config
 from trtllm_workers.errors import ConfigError
@@ -33,6 +34,9 @@ CPU_POOL_SHARE = 0.3
 # busy host waiting for a thread that has lost its core costs milliseconds each time. The number of
 # threads changes no result.
 _ONE_THREAD_BYTES = 16 << 20
+# Collapsing copies; 0.4 GiB took a second. With glibc's tunable glibc.malloc.hugetlb=1 set when the
+# process starts, weights lie on huge pages from the beginning and nothing is left to do.
+_HUGE_PAGES_BUDGET_S = 1.0
 _ALL_THREADS = torch.get_num_threads()
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,7 +69,7 @@ def load(
     dtype = _dtype(config, model_config, device)
     max_seq_len = _max_seq_len(config, model_config)
     model, deterministic = _load_model(
-        folder, model_config, device, dtype, max_seq_len, config, on_progress
+        folder, model_config, device, dtype, max_seq_len, config, on_progress, small=small
     )
     num_blocks = _num_blocks(config, model_config, dtype, device, max_seq_len)
     block_size: int = config["kv_cache_config.tokens_per_block"]
@@ -109,6 +113,8 @@ def _load_model(
     max_seq_len: int,
     config: EngineConfig,
     on_progress: Callable[[float], None],
+    *,
+    small: bool,
 ) -> tuple[Model, bool]:
     """Load with the fastest kernels that keep rows apart; with slower ones if those do not."""
     for pack in (True, False):
@@ -121,6 +127,8 @@ def _load_model(
                 max_positions=max_seq_len,
                 pack=pack,
             )
+        if not small:
+            _use_huge_pages(model)
         if products_are_invariant(model):
             break
         if pack and model.packed:
@@ -128,6 +136,15 @@ def _load_model(
             continue
         break
     return model, _settle_attention(model, config["kv_cache_config.tokens_per_block"])
+
+
+def _use_huge_pages(model: Model) -> None:
+    pages = HugePages(_HUGE_PAGES_BUDGET_S)
+    for linear in [model.head, *model.linears]:
+        if isinstance(linear, PackedLinear):
+            for address, num_bytes in linear.memory():
+                pages.advise(address, num_bytes)
+    log.debug("weights on huge pages", collapsed=pages.num_collapsed)
 
 
 def _settle_attention(model: Model, block_size: int) -> bool:

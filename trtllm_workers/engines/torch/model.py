@@ -77,9 +77,12 @@ class Model:
 
     @property
     def linears(self) -> list[Linear]:
-        """The products of the first layer: one of each shape, the head aside."""
-        first = self._layers[0]
-        return [first.qkv, first.out, first.gate_up, first.down]
+        """Every layer's four products, in order; the head is not among them."""
+        return [
+            linear
+            for layer in self._layers
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        ]
 
     @torch.inference_mode()
     def forward(self, batch: Batch, memory: KvMemory) -> torch.Tensor:
@@ -109,7 +112,7 @@ class Model:
         index: int,
         layer: _Layer,
         rotation: torch.Tensor,
-        slots: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
         attention: AttentionPlan,
         memory: KvMemory,
     ) -> torch.Tensor:
@@ -121,12 +124,10 @@ class Model:
         if layer.qk_norm is not None:
             size = (config.head_dim,)
             rotated = functional.rms_norm(rotated, size, None, config.norm_eps) * layer.qk_norm
-        rotated = rotate(rotated, rotation, config.num_heads, config.head_dim**-0.5)
-        offset = index * 2 * config.num_kv_heads * memory.block_size
-        for target, source in zip(
-            slots, (rotated[:, config.num_heads :], heads[:, num_rotated:]), strict=True
-        ):
-            memory.token_rows.index_copy_(0, target + offset, source.reshape(-1, config.head_dim))
+        rotated = rotate(rotated, rotation)
+        keys, values = rotated[:, config.num_heads :], heads[:, num_rotated:]
+        memory.token_rows.index_copy_(0, slots[index, 0], keys.reshape(-1, config.head_dim))
+        memory.token_rows.index_copy_(0, slots[index, 1], values.reshape(-1, config.head_dim))
         return layer.out(attention(rotated[:, : config.num_heads], index), x)
 
     def _transform(self, x: torch.Tensor, layer: _Layer) -> torch.Tensor:
@@ -136,17 +137,16 @@ class Model:
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, (self.config.hidden_size,), weight, self.config.norm_eps)
 
-    def _slots(self, batch: Batch, memory: KvMemory) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rows of ``memory.token_rows`` for each row's K and V at layer 0."""
+    def _slots(self, batch: Batch, memory: KvMemory) -> torch.Tensor:
+        """Return rows of ``memory.token_rows``: [layer, K or V, batch row × KV head]."""
         size, kv_heads = memory.block_size, memory.num_kv_heads
         firsts = [
             span.blocks[position // size] * memory.heads_per_block * size + position % size
             for span in batch.spans
             for position in range(span.start, span.start + span.count)
         ]
-        heads = torch.arange(kv_heads) * size
-        keys = (torch.tensor(firsts).unsqueeze(1) + heads).flatten().to(self.device)
-        return keys, keys + kv_heads * size
+        heads = torch.arange(memory.heads_per_block).view(-1, 2, 1, kv_heads) * size
+        return (torch.tensor(firsts).view(-1, 1) + heads).flatten(2).to(self.device)
 
     # --- loading -------------------------------------------------------------------------------
 

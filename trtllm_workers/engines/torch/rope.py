@@ -41,11 +41,15 @@ def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
 
 
 def rotation_table(rope: RopeConfig, head_dim: int, num_positions: int) -> torch.Tensor:
-    """Return e^(i·position·frequency): [num_positions, 1, head_dim / 2], complex64."""
+    """Return e^(i·position·frequency) / √√head_dim: [num_positions, 1, head_dim / 2], complex64.
+
+    Queries and keys both take the root of attention's 1/√head_dim with their rotation: no operation
+    of its own, and no rounding between.
+    """
     angles = torch.outer(
         torch.arange(num_positions, dtype=torch.float32), inverse_frequencies(rope, head_dim)
     )
-    return torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+    return torch.polar(torch.full_like(angles, head_dim**-0.25), angles).unsqueeze(1)
 
 
 def pair_up(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -54,15 +58,8 @@ def pair_up(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
-def rotate(
-    heads: torch.Tensor, rotation: torch.Tensor, num_queries: int, scale: float
-) -> torch.Tensor:
-    """Rotate [rows, heads, head_dim] by [rows, 1, head_dim / 2]; result in the dtype of ``heads``.
-
-    The first ``num_queries`` heads are also multiplied by ``scale``, before rounding.
-    """
+def rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotate [rows, heads, head_dim] by [rows, 1, head_dim / 2]; result in the dtype of ``heads``."""
     rows, num_heads, head_dim = heads.shape
     pairs = torch.view_as_complex(heads.float().view(rows, num_heads, head_dim // 2, 2))
-    rotated = torch.view_as_real(pairs * rotation).view(rows, num_heads, head_dim)
-    rotated[:, :num_queries] *= scale
-    return rotated.to(heads.dtype)
+    return torch.view_as_real(pairs * rotation).view(rows, num_heads, head_dim).to(heads.dtype)

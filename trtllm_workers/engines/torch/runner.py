@@ -10,10 +10,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from trtllm_workers.engines.base import Deliver, EngineOptions
 from trtllm_workers.engines.torch.core import Core
 from trtllm_workers.engines.torch.loading import load
 from trtllm_workers.engines.torch.pool import Change
+from trtllm_workers.engines.torch.threads import ThreadGovernor
 from trtllm_workers.errors import ConfigError, EngineDead, LaunchError, StartError
 from trtllm_workers.observe.logs import get_logger
 from trtllm_workers.types import EngineInfo, EngineStats, FinishReason, GenerateRequest, TokenChunk
@@ -147,11 +150,14 @@ class Runner:
         self._options.on_progress(share)
 
     def _serve(self, core: Core[Stream]) -> None:
+        governor = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads)
         try:
             while not self._stopping.is_set():
                 chunks = self._take_orders(core)
                 if not core.is_idle and not self._stopping.is_set():
+                    governor.before_step()
                     chunks += core.step()
+                    governor.after_step()
                 self._tell(core, chunks)
             self._tell(core, core.abort_all())
         except Exception as error:  # the thread's border: the engine dies of it

@@ -6,8 +6,8 @@
 
 A random-weight Llama of 124.7M parameters (hidden 768, 12 layers, 12 heads over 4 KV heads,
 intermediate 2048, vocabulary 32,000) is written to a temporary folder. Each repeat measures memory
-bandwidth, this engine and the peer one after the other, so that a busy machine slows all three;
-the table shows medians over the repeats.
+bandwidth, this engine and the peer one after the other, each in its own process, so that a busy
+machine slows all three; the table shows medians over the repeats.
 
 * decode: tokens per second between the moment the last stream has its first token and the end of
   the first stream; greedy, random prompts;
@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import importlib
+import multiprocessing
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ READ_PER_STEP = LAYERS * (HIDDEN * (HIDDEN * 2 + 2 * KV_HEADS * HEAD_DIM) + 3 * 
 )
 KV_VALUES_PER_TOKEN = LAYERS * 2 * KV_HEADS * HEAD_DIM
 DEADLINE_S = 600.0
+POOL_TOKENS, STEP_TOKENS = 65_536, 2048
+_PEER_PAGE = 256
 _BANDWIDTH_BYTES = 1 << 30
 
 
@@ -69,23 +72,53 @@ class Case:
         return [chance.choices(range(3, VOCAB), k=self.prompt_len) for _ in range(self.streams)]
 
 
-def read_bandwidth() -> Callable[[], float]:
-    """Return a function that measures bytes per second of reading 1 GiB with all threads.
+class Bandwidth:
+    """Reads 1 GiB with all threads.
 
-    A matrix-vector product: of torch's operations it reads fastest (faster than sum, max or copy).
+    By a matrix-vector product: of torch's operations it reads fastest (faster than sum or copy).
     """
-    matrix = torch.ones(4096, _BANDWIDTH_BYTES // 4 // 4096)
-    vector = torch.ones(matrix.shape[1])
 
-    def measure() -> float:
+    def __init__(self) -> None:
+        self._matrix = torch.ones(4096, _BANDWIDTH_BYTES // 4 // 4096)
+        self._vector = torch.ones(self._matrix.shape[1])
+
+    def measure(self) -> float:
+        """Return the best of three, in bytes per second."""
         times = []
         for _ in range(3):
             began = time.perf_counter()
-            torch.mv(matrix, vector)
+            torch.mv(self._matrix, self._vector)
             times.append(time.perf_counter() - began)
         return _BANDWIDTH_BYTES / min(times)
 
-    return measure
+
+class Apart:
+    """An object in a process of its own, so that its threads and memory are not the engine's."""
+
+    def __init__(self, make: Callable[..., Any], *args: object) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(
+            1, context, initializer=_make, initargs=(torch.get_num_threads(), make, args)
+        )
+
+    def measure(self, *args: object) -> float:
+        return self._pool.submit(_measure, args).result(timeout=DEADLINE_S)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+_made: Any = None
+
+
+def _make(num_threads: int, make: Callable[..., Any], args: tuple[object, ...]) -> None:
+    global _made
+    torch.set_num_threads(num_threads)
+    _made = make(*args)
+
+
+def _measure(args: tuple[object, ...]) -> float:
+    return float(_made.measure(*args))
 
 
 def rate(case: Case, began: float, stamps: Sequence[Sequence[float]]) -> float:
@@ -105,8 +138,8 @@ class Ours:
             "torch",
             engine_keys("torch"),
             dtype=dtype,
-            max_num_tokens=2048,
-            kv_cache_config__max_tokens=65_536,
+            max_num_tokens=STEP_TOKENS,
+            kv_cache_config__max_tokens=POOL_TOKENS,
             kv_cache_config__enable_block_reuse=False,
         )
         extra = {"num_threads": str(torch.get_num_threads())}
@@ -155,6 +188,12 @@ class Peer:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
+        # As many tokens of KV and per step as ours; left alone, it takes most of the host's memory.
+        self._limits = transformers.ContinuousBatchingConfig(
+            num_blocks=POOL_TOKENS // _PEER_PAGE,
+            page_size=_PEER_PAGE,
+            max_batch_tokens=STEP_TOKENS,
+        )
         self._config = transformers.GenerationConfig(
             do_sample=False, eos_token_id=-1, pad_token_id=0
         )
@@ -164,6 +203,7 @@ class Peer:
         results = self._model.generate_batch(
             list(prompts),
             generation_config=self._config,
+            continuous_batching_config=self._limits,
             max_new_tokens=case.output_len,
             record_timestamps=True,
             progress_bar=False,
@@ -197,12 +237,14 @@ async def bench(args: argparse.Namespace, dtype: str) -> None:
     cases += [Case(b, 1024, args.output) for b in args.long_batch]
     cases.append(Case(1, 1024, 1))
     chance = random.Random(0)
-    bandwidth = read_bandwidth()
+    bandwidth = Apart(Bandwidth)
     with tempfile.TemporaryDirectory() as name:
         folder = write_model(Path(name) / "llama-125m", dtype)
         ours = Ours(folder, dtype)
         await ours.start()
-        peer = None if args.no_peer else Peer(folder, dtype)
+        peer = None if args.no_peer else Apart(Peer, folder, dtype)
+        if peer:
+            peer.measure(Case(1, 8, 2), [[5] * 8])  # loads the weights while the folder is there
     try:
         print(f"\n{dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
         print(
@@ -214,15 +256,16 @@ async def bench(args: argparse.Namespace, dtype: str) -> None:
                 peer.measure(case, case.prompts(chance))
             rows: list[tuple[float, float, float]] = []
             for _ in range(args.repeats):
-                limit = bandwidth() / bytes_per_token(case, dtype)
+                limit = bandwidth.measure() / bytes_per_token(case, dtype)
                 mine = await ours.measure(case, case.prompts(chance))
                 theirs = peer.measure(case, case.prompts(chance)) if peer else float("nan")
                 rows.append((mine, limit, theirs))
             print(line(case, rows), flush=True)
     finally:
         await ours.close()
-    del peer
-    gc.collect()
+        for process in (bandwidth, peer):
+            if process:
+                process.close()
 
 
 def bytes_per_token(case: Case, dtype: str) -> float:

@@ -229,7 +229,7 @@ def test_an_engine_that_cannot_keep_rows_apart_says_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "trtllm_workers.engines.torch.loading.forward_is_invariant", lambda *_args: False
+        "trtllm_workers.engines.torch.invariance.ForwardCheck.is_invariant", lambda _self: False
     )
     assert not load_with(folder).deterministic
     assert "may depend on batch mates" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from tests.unit.torch_engine.driver import Driver, prompt_of
 from trtllm_workers.engines.torch.threads import (
     LEAST_SHARE,
     LONGEST_HOLD_S,
+    MOST_SWITCHES_PER_S,
     SHORTEST_HOLD_S,
     WINDOW_S,
     ThreadGovernor,
@@ -19,21 +20,29 @@ FREE, CONTENDED = 0.98, LEAST_SHARE - 0.1
 
 
 class Host:
-    """A clock and the process's CPU time, both turned by hand."""
+    """A clock, the process's CPU time and its context switches, all turned by hand."""
 
     def __init__(self, num_threads: int = 4) -> None:
         self.num_threads = num_threads
-        self.now_s = self.cpu_s = 0.0
+        self.now_s = self.cpu_s = self.switches = 0.0
         self.set: list[int] = []
         self.governor = ThreadGovernor(
-            num_threads, self.set.append, clock=lambda: self.now_s, cpu_time=lambda: self.cpu_s
+            num_threads,
+            self.set.append,
+            clock=lambda: self.now_s,
+            cpu_time=lambda: self.cpu_s,
+            switches=lambda: self.switches,
         )
 
-    def run(self, seconds: float, share: float, *, idle_s: float = 0.0) -> None:
+    def run(
+        self, seconds: float, share: float, *, idle_s: float = 0.0, asleep: bool = False
+    ) -> None:
         for _ in range(round(seconds / 0.05)):
             self.governor.before_step()
             self.now_s += 0.05
             self.cpu_s += 0.05 * share * self.num_threads
+            contended = share == CONTENDED and not asleep
+            self.switches += 0.05 * MOST_SWITCHES_PER_S * (2 if contended else 0.5)
             self.governor.after_step()
             self.now_s += idle_s
 
@@ -47,6 +56,12 @@ def test_free_cores_change_nothing() -> None:
 def test_idle_time_between_steps_is_not_taken_for_contention() -> None:
     host = Host()
     host.run(10, FREE, idle_s=1.0)
+    assert host.set == []
+
+
+def test_threads_that_wait_asleep_are_not_taken_for_contention() -> None:
+    host = Host()
+    host.run(10, CONTENDED, asleep=True)
     assert host.set == []
 
 

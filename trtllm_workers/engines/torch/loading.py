@@ -16,7 +16,7 @@ from trtllm_workers.engines.torch.accept import CAPABILITIES
 from trtllm_workers.engines.torch.attention import QUERY_TILE
 from trtllm_workers.engines.torch.checkpoint import Checkpoint, model_id_of, weight_files
 from trtllm_workers.engines.torch.huge_pages import HugePages
-from trtllm_workers.engines.torch.invariance import forward_is_invariant, products_are_invariant
+from trtllm_workers.engines.torch.invariance import ForwardCheck, products_are_invariant
 from trtllm_workers.engines.torch.kv_memory import KvMemory
 from trtllm_workers.engines.torch.linear import PackedLinear, can_pack
 from trtllm_workers.engines.torch.model import Model
@@ -43,12 +43,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the engine thread steps with. ``deterministic``: rows do not depend on their batch."""
+    """What the engine thread steps with.
+
+    ``deterministic``: rows do not depend on their batch. ``any_num_threads``: nor on the number of
+    threads, so that it may change between steps.
+    """
 
     model: Model
     memory: KvMemory
     info: EngineInfo
     deterministic: bool
+    any_num_threads: bool
 
 
 def load(
@@ -90,6 +95,7 @@ def load(
         device=str(device),
         dtype=memory.layout.dtype,
     )
+    any_num_threads = ForwardCheck(model, block_size).threads_do_not_matter()
     log.info(
         "model loaded",
         model=info.model_id,
@@ -102,7 +108,7 @@ def load(
         pool_mib=(num_blocks * memory.layout.block_bytes) >> 20,
         num_threads=torch.get_num_threads(),
     )
-    return Loaded(model, memory, info, deterministic)
+    return Loaded(model, memory, info, deterministic, any_num_threads)
 
 
 def _load_model(
@@ -152,7 +158,7 @@ def _settle_attention(model: Model, block_size: int) -> bool:
     everything = QUERY_TILE * model.config.group
     for min_rows in (None, everything):
         model.min_rows = min_rows
-        if forward_is_invariant(model, block_size):
+        if ForwardCheck(model, block_size).is_invariant():
             return True
     model.min_rows = None
     log.warning(

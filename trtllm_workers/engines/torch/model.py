@@ -85,8 +85,13 @@ class Model:
         ]
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, memory: KvMemory) -> torch.Tensor:
-        """Return logits [len(last_rows), vocab] and write the rows' K and V to ``memory``."""
+    def forward(
+        self, batch: Batch, memory: KvMemory, num_layers: int | None = None
+    ) -> torch.Tensor:
+        """Return logits [len(last_rows), vocab] and write the rows' K and V to ``memory``.
+
+        ``num_layers`` stops after the first layers: for checks, where all layers are alike.
+        """
         config = self.config
         device = self.device
         positions = torch.tensor(batch.positions, device=device)
@@ -97,7 +102,7 @@ class Model:
             for window in set(config.windows)
         }
         x = self._embedding.index_select(0, torch.tensor(batch.token_ids, device=device))
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self._layers[:num_layers]):
             x = self._attend(x, index, layer, rotation, slots, plans[layer.window], memory)
             x = self._transform(x, layer)
         if not batch.last_rows:

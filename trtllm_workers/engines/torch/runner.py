@@ -150,7 +150,9 @@ class Runner:
         self._options.on_progress(share)
 
     def _serve(self, core: Core[Stream]) -> None:
-        governor = ThreadGovernor(torch.get_num_threads(), torch.set_num_threads)
+        may_change = core.loaded.any_num_threads
+        num_threads = torch.get_num_threads() if may_change else 1  # the governor leaves 1 alone
+        governor = ThreadGovernor(num_threads, torch.set_num_threads)
         try:
             while not self._stopping.is_set():
                 chunks = self._take_orders(core)

@@ -239,7 +239,10 @@ async def bench(args: argparse.Namespace, dtype: str) -> None:
     chance = random.Random(0)
     bandwidth = Apart(Bandwidth)
     with tempfile.TemporaryDirectory() as name:
-        folder = write_model(Path(name) / "llama-125m", dtype)
+        # Elsewhere, too: once this process's own thread has used OpenMP, its idle helpers make the
+        # engine's thread wait asleep after each operation, at half the speed.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as writer:
+            folder = writer.submit(write_model, Path(name) / "llama-125m", dtype).result()
         ours = Ours(folder, dtype)
         await ours.start()
         peer = None if args.no_peer else Apart(Peer, folder, dtype)

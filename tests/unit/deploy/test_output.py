@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -103,7 +104,10 @@ def test_terminal_that_nobody_reads_drops_the_newest_and_counts_them() -> None:
     text = b"".join(seen).decode()
     shown = text.count("[w] line ")
     assert text.startswith("[w] line 0\n")
-    assert f"({40_000 - shown} lines not shown: the terminal is slow)" in text
+    # How often it is said depends on when the writer got its turns; nothing is lost uncounted.
+    told = re.findall(r"\((\d+) lines not shown: the terminal is slow\)", text)
+    assert told
+    assert sum(map(int, told)) == 40_000 - shown
 
 
 def test_terminal_survives_a_reader_that_left() -> None:

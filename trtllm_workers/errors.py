@@ -14,6 +14,12 @@
     ├── Unavailable                   4   503  the caller may try again later; nothing is ready
     ├── EngineError                   4   500  this request failed inside the engine
     ├── EngineDead                    4   503  the worker: it drains and ends
+    ├── TransferError                 4   503  KV blocks could not be moved
+    │   ├── TransportUnavailable      2   503  the operator: a transport cannot start here
+    │   ├── LayoutMismatch            2   503  the operator: two pools do not fit each other
+    │   ├── TransferFailed            4   503  a read or write broke
+    │   ├── HandoffRefused            4   503  prefill cannot do it now
+    │   └── HandoffExpired            4   503  blocks were not fetched before the deadline
     └── PlaneError                    4   503  a message could not be moved
         ├── FrameError                4   503  bytes that are no frame of ours
         ├── AuthenticationFailed      4   503  a peer without the cluster secret
@@ -154,6 +160,45 @@ class PeerLost(PlaneError):
     """The connection to a peer ended while streams depended on it."""
 
     code = "worker_lost"
+
+
+class TransferError(LaunchError):
+    """KV blocks could not be moved; decode recomputes them."""
+
+    http_status = 503
+    code = "transfer_error"
+
+
+class TransportUnavailable(TransferError):
+    """A transport cannot start here; the message says why and what to install."""
+
+    exit_code = 2
+    code = "transport_unavailable"
+
+
+class LayoutMismatch(TransferError):
+    """Two pools whose blocks do not fit each other; the message shows both layouts."""
+
+    exit_code = 2
+    code = "layout_mismatch"
+
+
+class TransferFailed(TransferError):
+    """A read or write broke; the bytes have stopped moving."""
+
+    code = "transfer_failed"
+
+
+class HandoffRefused(TransferError):
+    """A prefill worker cannot take this prompt now."""
+
+    code = "handoff_refused"
+
+
+class HandoffExpired(TransferError):
+    """The blocks were not fetched before the deadline and were released."""
+
+    code = "handoff_expired"
 
 
 def error_for_code(code: str, message: str, *, param: str | None = None) -> LaunchError:

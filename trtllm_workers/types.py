@@ -108,6 +108,37 @@ class TokenChunk(msgspec.Struct, frozen=True, gc=False):
     error_param: str | None = None
 
 
+class Prefilled(msgspec.Struct, frozen=True, kw_only=True):
+    """What a prefill made: the first token, and where the prompt's KV lies until it is released.
+
+    With a ``finish_reason`` in ``first`` the request ended here and nothing is held. Otherwise
+    ``block_ids`` of the engine's pool, in order, hold the KV of all ``num_tokens`` prompt tokens; the
+    last block may be partly filled. ``queue_s`` and ``compute_s`` are seconds until the first prompt
+    token was computed, and from then until the first token was there. ``opaque`` is the state of
+    an engine that moves its own KV.
+    """
+
+    first: TokenChunk
+    block_ids: tuple[int, ...] = ()
+    num_tokens: int = 0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    opaque: bytes = b""
+
+
+class Reservation(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks that an engine holds for a prompt whose KV comes from elsewhere.
+
+    ``block_ids`` has one block per ``block_size`` prompt tokens, in order, the last perhaps to be
+    filled partly; the first ``num_cached_blocks`` hold their KV already (the engine's own prefix
+    cache) and must not be written. With ``ended`` (abort, error) nothing is held.
+    """
+
+    block_ids: tuple[int, ...] = ()
+    num_cached_blocks: int = 0
+    ended: TokenChunk | None = None
+
+
 class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     """How one block lies in memory: equal layouts can exchange blocks byte for byte.
 
@@ -122,6 +153,22 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     order: str
     block_bytes: int
+
+
+class TransportCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What a peer needs to reach a worker's KV pool. Secret: travels only on the request plane.
+
+    ``address`` is the transport's own: worker address, agent metadata, host, port, token.
+    """
+
+    transport: str
+    peer_id: str
+    layout: KvLayout
+    num_blocks: int
+    address: bytes
+
+    def __repr__(self) -> str:
+        return f"TransportCard({self.transport}, {self.peer_id}, {self.num_blocks} blocks)"
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,8 +198,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Load and counters of an engine now. Block counts add up: free + cached + active = total.
 
-    ``active`` blocks belong to running requests, ``cached`` ones are reusable and may be evicted.
-    Counters only grow.
+    ``active`` blocks belong to requests, ``cached`` ones are reusable and may be evicted. Of the
+    active ones ``pinned`` wait to be fetched by a decode worker and ``reserved`` wait for KV of a
+    prefill worker. Counters only grow; ``allocated_blocks`` - ``freed_blocks`` counts what requests
+    hold (a block shared by two requests counts twice), so it is 0 when no request is left.
     """
 
     num_running: int = 0
@@ -168,6 +217,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0
     aborts: int = 0
     finished: int = 0
+    pinned_blocks: int = 0
+    reserved_blocks: int = 0
+    allocated_blocks: int = 0
+    freed_blocks: int = 0
 
 
 class KvEventKind(StrEnum):

@@ -10,9 +10,20 @@ from typing import Protocol
 
 from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.errors import EngineDead
-from trtllm_workers.types import EngineInfo, EngineStats, GenerateRequest, KvEvent, TokenChunk
+from trtllm_workers.transfer.base import KvPool
+from trtllm_workers.types import (
+    EngineInfo,
+    EngineStats,
+    GenerateRequest,
+    KvEvent,
+    Prefilled,
+    Reservation,
+    TokenChunk,
+)
 
 Deliver = Callable[[TokenChunk], None]
+DeliverPrefilled = Callable[[Prefilled], None]
+DeliverReservation = Callable[[Reservation], None]
 
 
 def _ignore_progress(_done: float) -> None:
@@ -58,6 +69,34 @@ class Engine(Protocol):
     * When all requests have ended, ``stats`` shows no active block.
     * ``died`` returns the error when the engine cannot go on; open streams have then ended with
       FinishReason.ERROR and code ``engine_dead``.
+    Handoffs, prefill side:
+
+    * ``prefill`` checks like ``submit``; it computes the prompt and samples one token, then calls
+      ``deliver`` exactly once. Unless the request ended with that token (stop, length 1, abort,
+      error), the prompt's blocks stay pinned: neither evicted nor overwritten until ``release``.
+    * ``release`` unpins; full blocks stay as prefix cache. Of an unknown request it does nothing.
+
+    Handoffs, decode side:
+
+    * ``reserve`` checks like ``submit``; it waits its turn for blocks of the whole prompt, holds them
+      and calls ``deliver`` exactly once. The caller may then write KV into the blocks that are not
+      cached; the engine does not touch them.
+    * ``resume`` of a reserved request goes on as if its prompt had been computed here: ``deliver`` gets
+      ``first``, then all later chunks, as after ``submit``. With ``first`` None the caller brought
+      nothing: the engine computes everything after the cached blocks itself. It raises EngineError
+      when the request is not reserved (any more).
+    * The stream after ``prefill`` elsewhere and ``resume`` here has the tokens that ``submit`` gives.
+
+    Both sides:
+
+    * ``abort`` works in every phase: before ``deliver`` of ``prefill`` or ``reserve`` it ends them with
+      FinishReason.ABORT; a pinned or reserved request loses its blocks without another call. So the
+      caller aborts only when nobody reads or writes them any more.
+    * ``kv_pool`` is the memory of all blocks, once started; None: the engine moves its own KV.
+    * ``holdings`` returns the number of blocks that each request holds, by request id.
+
+    The end:
+
     * ``close`` ends open streams with FinishReason.ABORT, is safe after a failed ``start``, and
       safe twice; afterwards no thread or memory of the engine is left.
     """
@@ -67,6 +106,19 @@ class Engine(Protocol):
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None: ...
 
     def abort(self, request_id: str) -> None: ...
+
+    def prefill(self, request: GenerateRequest, deliver: DeliverPrefilled) -> None: ...
+
+    def release(self, request_id: str) -> None: ...
+
+    def reserve(self, request: GenerateRequest, deliver: DeliverReservation) -> None: ...
+
+    def resume(self, request_id: str, first: TokenChunk | None, deliver: Deliver) -> None: ...
+
+    @property
+    def kv_pool(self) -> KvPool | None: ...
+
+    async def holdings(self) -> Mapping[str, int]: ...
 
     def kv_events(self) -> AsyncIterator[KvEvent]: ...
 

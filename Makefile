@@ -10,8 +10,8 @@ TORCH ?= torch==2.13.0
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-serve: .venv/.serve ## set up what is missing, then serve the demo model (Ctrl-C ends it)
-	@exec launch/agg.sh
+serve: .venv/.serve ## set up what is missing, then serve the demo model disaggregated (Ctrl-C ends it)
+	@exec launch/disagg.sh
 
 setup: .venv/.serve ## create .venv with everything that serving needs
 setup-dev: .venv/.dev ## add what the tests and checks need
@@ -22,12 +22,12 @@ setup-dev: .venv/.dev ## add what the tests and checks need
 .venv/.serve: pyproject.toml | .venv/bin/python
 	@echo "setup: installing torch and trtllm-launch into .venv (once)"
 	@$(PY)/python -m pip install -q $(TORCH)
-	@$(PY)/python -m pip install -q -e '.[torch]'
+	@$(PY)/python -m pip install -q -e '.[torch,ucx,mpi]'
 	@touch $@
 
 .venv/.dev: .venv/.serve
 	@echo "setup: installing what the tests need into .venv (once)"
-	@$(PY)/python -m pip install -q --group dev
+	@$(PY)/python -m pip install -q -e '.[nixl]' --group dev
 	@touch $@
 
 test: .venv/.dev ## set up what is missing, then run all tests that need no GPU

@@ -267,7 +267,11 @@ class Address(msgspec.Struct, frozen=True, array_like=True):
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What discovery tells about one worker. ``model`` is the served name."""
+    """What discovery tells about one worker. ``model`` is the served name.
+
+    ``max_local_prefill_length``: a decode worker computes prompts of at most so many uncached tokens
+    itself; no prefill worker need be asked for them.
+    """
 
     worker_id: str
     model: str
@@ -276,3 +280,4 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     engine: EngineInfo
     state: WorkerState = WorkerState.READY
     started_at_s: float = 0.0
+    max_local_prefill_length: int = 0

@@ -212,6 +212,8 @@ def check_sum(stats: EngineStats) -> None:
     assert stats.cached_blocks >= 0
     assert stats.active_blocks >= 0
     assert stats.free_blocks + stats.cached_blocks + stats.active_blocks == stats.total_blocks
+    assert max(stats.pinned_blocks, stats.reserved_blocks) <= stats.active_blocks
+    assert stats.active_blocks <= stats.allocated_blocks - stats.freed_blocks
 
 
 def check_idle(engine: Engine) -> None:
@@ -219,3 +221,4 @@ def check_idle(engine: Engine) -> None:
     stats = engine.stats()
     check_sum(stats)
     assert (stats.num_running, stats.num_waiting, stats.active_blocks) == (0, 0, 0)
+    assert stats.allocated_blocks == stats.freed_blocks

@@ -17,6 +17,12 @@ OPTIONS = (
     "http_host",
     "http_port",
     "num_workers",
+    "disaggregated",
+    "num_prefill_workers",
+    "num_decode_workers",
+    "prefill_engine_config",
+    "decode_engine_config",
+    "kv_transport",
     "run_dir",
     "log_dir",
 )

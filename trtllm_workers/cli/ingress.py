@@ -65,6 +65,7 @@ def command(**values: Any) -> int:
     from trtllm_workers.ingress.serve import serve_ingress
     from trtllm_workers.ingress.settings import IngressSettings
     from trtllm_workers.planes.discovery import cluster_secret, discovery_root
+    from trtllm_workers.types import Strategy
 
     run_loop(
         serve_ingress(
@@ -76,6 +77,7 @@ def command(**values: Any) -> int:
                 plane_host=plane_host,
                 plane_port=plane_port,
                 plane_advertise_host=own_value(ADVERTISE_HOST, values["advertise_host"]),
+                strategy=Strategy(settings.strategy),
                 drain_timeout_s=settings.drain_timeout_s,
                 status_file=status_file,
             )

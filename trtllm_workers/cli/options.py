@@ -18,6 +18,7 @@ _TITLES = {
     "engine": "Engine",
     "ingress": "Ingress",
     "workers": "Workers",
+    "disaggregation": "Disaggregation",
     "planes": "Planes",
     "logs": "Runs and logs",
     "": "This command",

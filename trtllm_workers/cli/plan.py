@@ -24,9 +24,13 @@ def command(show_config: bool, **values: Any) -> int:
     prepared, plan = planned(explicit(values), environment(), to_start=False)
     warn(prepared.settings.warnings)
     if show_config:
-        print(f"launcher settings\n\n{show_settings(prepared.settings)}\n")
-        print(f"engine config ({prepared.settings.engine})\n")
-        print(show_engine_config(prepared.engine_config))
+        tables = [f"launcher settings\n\n{show_settings(prepared.settings)}"]
+        for role, config in prepared.engine_configs.items():
+            whose = f" of {role} workers" if prepared.settings.disaggregated else ""
+            tables.append(
+                f"engine config{whose} ({prepared.settings.engine})\n\n{show_engine_config(config)}"
+            )
+        print("\n\n".join(tables))
     else:
         print(as_shell(plan))
     return 0

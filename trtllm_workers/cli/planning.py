@@ -24,4 +24,5 @@ def planned(
     if to_start:
         root = usable_root(settings.run_dir, chosen=settings.sources["run_dir"] != "default")
     folder = RunFolder(root / new_run_id(root))
-    return prepared, make_plan(settings, take_inventory(environ), folder)
+    plan = make_plan(settings, take_inventory(environ), folder, prepared.engine_configs)
+    return prepared, plan

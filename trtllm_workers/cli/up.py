@@ -32,10 +32,11 @@ def command(dry_run: bool, **values: Any) -> int:
 
     environ = environment()
     prepared, plan = planned(explicit(values), environ, to_start=not dry_run)
+    warn(prepared.settings.warnings)
     if dry_run:
         print(as_shell(plan))
         return 0
-    warn([*prepared.settings.warnings, *plan.notes])
+    warn(plan.notes)
     runs = find_runs(run_roots(prepared.settings.run_dir))
     require_free_port(plan.http_host, plan.http_port, runs)
     terminal = Terminal(
@@ -43,10 +44,12 @@ def command(dry_run: bool, **values: Any) -> int:
         colour=wants_colour(environ, sys.stdout.isatty()),
         names=[process.name for process in plan.processes],
     )
+    settings = prepared.settings
+    strategy = f", strategy {settings.strategy}" if settings.disaggregated else ""
     try:
         terminal.say(
-            f"run {plan.run_id}: {plan.model} with engine {prepared.settings.engine}, "
-            f"{prepared.settings.num_workers} worker(s)"
+            f"run {plan.run_id}: {plan.model} with engine {settings.engine}, "
+            f"{plan.workers_in_words}{strategy}"
         )
         return asyncio.run(run_plan(plan, child_environment(), terminal))
     finally:

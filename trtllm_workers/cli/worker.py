@@ -33,8 +33,8 @@ ROLE = Option(
     env=(),
     default="aggregated",
     kind=str,
-    choices=("aggregated",),
-    help="What this worker does; this version has aggregated workers.",
+    choices=("aggregated", "prefill", "decode"),
+    help="What it does; prefill and decode take the engine config that 'up' gives the role.",
     group="workers",
 )
 HOST = Option(
@@ -67,28 +67,36 @@ PORT = Option(
 def command(**values: Any) -> int:
     """Run one worker: an engine behind the request plane."""
     from trtllm_workers.cli.part import begin_logs, discovery_of, own_value, run_loop
-    from trtllm_workers.config.env import calm_openmp, environment
-    from trtllm_workers.deploy.prepare import prepare
+    from trtllm_workers.cli.world import follow, rank_in_world
+    from trtllm_workers.config.env import calm_openmp, environment, mpi_rank
+    from trtllm_workers.deploy.prepare import prepare_worker
     from trtllm_workers.observe.status import StatusFile
+    from trtllm_workers.types import Role
 
     environ = environment()
     calm_openmp()
     status_file = own_value(STATUS_FILE, values["status_file"])
-    StatusFile(status_file).report("starting")
-    prepared = prepare(explicit(values), environ)
-    settings = prepared.settings
+    if mpi_rank(environ) == 0:  # the others must not write over what it reports
+        StatusFile(status_file).report("starting")
+    role, host, port = (own_value(one, values[one.name]) for one in (ROLE, HOST, PORT))
+    prepared = prepare_worker(explicit(values), environ, Role(role))
+    settings, engine_config = prepared.settings, prepared.engine_configs[Role(role)]
     worker_id = own_value(WORKER_ID, values["worker_id"])
+    discovery = discovery_of(settings)
+    cost = settings.sim_cost_model
+    extra = {"cost_path": str(cost)} if cost else {}
+    rank = rank_in_world(engine_config)
+    if rank > 0:
+        begin_logs(f"{worker_id} rank {rank}", settings)
+        follow(settings, engine_config, extra)
+        return 0
     warn_alone(settings.warnings, environ)
     begin_logs(worker_id, settings)
-    discovery = discovery_of(settings)
-    role, host, port = (own_value(one, values[one.name]) for one in (ROLE, HOST, PORT))
 
     # These take a moment to load; everything that could be wrong was found before.
     from trtllm_workers.planes.discovery import cluster_secret, discovery_root
-    from trtllm_workers.types import Role
     from trtllm_workers.worker.serve import WorkerSettings, serve_worker
 
-    cost = settings.sim_cost_model
     run_loop(
         serve_worker(
             WorkerSettings(
@@ -96,7 +104,7 @@ def command(**values: Any) -> int:
                 model_path=settings.model_path,
                 served_model_name=settings.served_model_name,
                 engine=settings.engine,
-                engine_config=prepared.engine_config,
+                engine_config=engine_config,
                 discovery=discovery,
                 secret=cluster_secret(discovery_root(discovery), settings.cluster_secret),
                 role=Role(role),
@@ -105,7 +113,13 @@ def command(**values: Any) -> int:
                 advertise_host=own_value(ADVERTISE_HOST, values["advertise_host"]),
                 status_file=status_file,
                 drain_timeout_s=settings.drain_timeout_s,
-                extra={"cost_path": str(cost)} if cost else {},
+                kv_transport=settings.kv_transport,
+                max_local_prefill_length=settings.max_local_prefill_length,
+                canary_interval_s=settings.canary_interval_s,
+                prefill_timeout_s=settings.prefill_timeout_s,
+                handoff_min_timeout_s=settings.handoff_min_timeout_s,
+                handoff_max_timeout_s=settings.handoff_max_timeout_s,
+                extra=extra,
             )
         )
     )

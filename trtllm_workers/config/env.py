@@ -12,14 +12,11 @@ from trtllm_workers.config.spelling import edit_distance
 # Launcher variables of the wider family that this version does not act on. Whoever sets one
 # expects an effect, so it is said rather than ignored.
 _NOT_HONOURED = (
-    "DECODE_ENGINE_ARGS",
-    "DISAGGREGATION_STRATEGY",
     "ENCODE_ENGINE_ARGS",
     "ETCD_ENDPOINTS",
     "MODALITY",
     "MPI_CMD",
     "NATS_SERVER",
-    "PREFILL_ENGINE_ARGS",
 )
 
 # Variables of other software that lie within two edits of one of ours.
@@ -97,6 +94,12 @@ def wants_colour(environ: Mapping[str, str], is_terminal: bool) -> bool:
     if environ.get("FORCE_COLOR"):
         return True
     return is_terminal and environ.get("TERM", "") != "dumb"
+
+
+def mpi_rank(environ: Mapping[str, str]) -> int:
+    """Return the rank that mpiexec gave this process; 0 for one that it did not start."""
+    rank = environ.get("PMI_RANK", "")
+    return int(rank) if rank.isdigit() else 0
 
 
 def suspicious_variables(ours: Collection[str], environ: Mapping[str, str]) -> list[str]:

@@ -6,41 +6,14 @@ Keys of engine configs are not here: each engine states its own (``keys.py``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from trtllm_workers.config.disaggregation_options import DISAGGREGATION_OPTIONS
+from trtllm_workers.config.option import Option
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One launcher option.
-
-    * ``flag`` None: there is none (a secret on a command line would show in ``ps``).
-    * ``env``: the variables that set it, first wins. An empty variable counts as unset.
-    * ``default`` None with ``default_text``: computed when settings are resolved; the text says how.
-    * ``kind`` is str, int, float, bool or Path. ``minimum`` and ``maximum`` are inclusive.
-    * ``multiple``: the flag may be repeated; the value is a tuple.
-    * ``metavar`` stands for the value in help and messages; empty: derived from ``kind``.
-    """
-
-    name: str
-    flag: str | None
-    env: tuple[str, ...]
-    default: Any
-    kind: type
-    help: str
-    group: str
-    choices: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
-    secret: bool = False
-    multiple: bool = False
-    default_text: str = ""
-    metavar: str = ""
-
-
+__all__ = ["GROUPS", "LAUNCH_OPTIONS", "Option"]
 # The order of groups in --help.
-GROUPS = ("model", "engine", "ingress", "workers", "planes", "logs")
+GROUPS = ("model", "engine", "ingress", "workers", "disaggregation", "planes", "logs")
 
 LAUNCH_OPTIONS: tuple[Option, ...] = (
     Option(
@@ -94,7 +67,7 @@ LAUNCH_OPTIONS: tuple[Option, ...] = (
         default=(),
         kind=str,
         metavar="KEY=VALUE",
-        help="Override one engine-config key, e.g. kv_cache_config.max_tokens=4096; repeatable.",
+        help="Override an engine-config key of all workers, e.g. max_batch_size=64; repeatable.",
         group="engine",
         multiple=True,
     ),
@@ -140,7 +113,7 @@ LAUNCH_OPTIONS: tuple[Option, ...] = (
         minimum=1,
         maximum=256,
         metavar="N",
-        help="How many workers to start.",
+        help="How many aggregated workers to start.",
         group="workers",
     ),
     Option(
@@ -167,6 +140,7 @@ LAUNCH_OPTIONS: tuple[Option, ...] = (
         help="How long running requests may go on after a stop; 0 ends them at once.",
         group="workers",
     ),
+    *DISAGGREGATION_OPTIONS,
     Option(
         name="discovery",
         flag="--discovery",

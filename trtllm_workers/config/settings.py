@@ -17,18 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trtllm_workers.config.disaggregation import settle_disaggregation
 from trtllm_workers.config.engine_config import Override, parse_override
-from trtllm_workers.config.env import (
-    hub_cache_dir,
-    read_text,
-    state_dir,
-    suspicious_variables,
-)
+from trtllm_workers.config.env import hub_cache_dir, state_dir, suspicious_variables
+from trtllm_workers.config.layers import Layers, file_problem
 from trtllm_workers.config.model_folder import model_folder_problem, served_name
 from trtllm_workers.config.options import GROUPS, LAUNCH_OPTIONS, Option
 from trtllm_workers.config.shipped import shipped_engine_config
 from trtllm_workers.config.tables import table
-from trtllm_workers.config.values import coerce, form, parse, problem, shown
+from trtllm_workers.config.values import shown
 from trtllm_workers.errors import ConfigError
 
 __all__ = ["GROUPS", "LAUNCH_OPTIONS", "Option", "Settings", "resolve", "show_settings"]
@@ -42,9 +39,11 @@ _AUTO_ENGINE = "torch"
 class Settings:
     """All launcher settings; field names are those of ``LAUNCH_OPTIONS``.
 
-    ``engine`` is never ``auto``. None means: ``discovery`` a directory of the run, ``cluster_secret``
-    a random one for the run, ``log_dir`` in the run's own folder, ``sim_cost_model`` the engine's
-    own. ``sources`` tells where each value came from; ``warnings`` are for the operator's eyes.
+    ``engine`` is never ``auto``; the engine configs of the roles that are started are files that
+    exist. None means: ``…_cuda_visible_devices`` the planner's share, ``discovery`` a directory of
+    the run, ``cluster_secret`` a random one for the run, ``log_dir`` in the run's own folder,
+    ``sim_cost_model`` the engine's own. ``sources`` tells where each value came from; ``warnings``
+    are for the operator's eyes.
     """
 
     model_path: Path
@@ -56,6 +55,20 @@ class Settings:
     http_host: str
     http_port: int
     num_workers: int
+    disaggregated: bool
+    strategy: str
+    num_prefill_workers: int
+    num_decode_workers: int
+    prefill_engine_config: Path | None
+    decode_engine_config: Path | None
+    prefill_cuda_visible_devices: str | None
+    decode_cuda_visible_devices: str | None
+    kv_transport: str
+    max_local_prefill_length: int
+    prefill_timeout_s: float
+    handoff_min_timeout_s: float
+    handoff_max_timeout_s: float
+    canary_interval_s: float
     start_timeout_s: float
     drain_timeout_s: float
     discovery: str | None
@@ -68,102 +81,29 @@ class Settings:
     warnings: tuple[str, ...] = ()
 
 
-class _Layers:
-    """Values and sources being collected, and every problem met on the way."""
-
-    def __init__(self, explicit: Mapping[str, Any], environ: Mapping[str, str]) -> None:
-        self.values: dict[str, Any] = {}
-        self.sources: dict[str, str] = {}
-        self.problems: list[tuple[str, str]] = []
-        self.warnings: list[str] = []
-        for option in LAUNCH_OPTIONS:
-            self._take(option, explicit.get(option.name), environ)
-
-    def fail(self, name: str, text: str) -> None:
-        source = self.sources.get(name, "default")
-        self.problems.append((name, text if source == "default" else f"{source}: {text}"))
-
-    def default(self, name: str, value: Any, source: str = "default") -> None:
-        """Set what the layers left open."""
-        if self.values[name] is None:
-            self.values[name], self.sources[name] = value, source
-
-    def _take(self, option: Option, given: Any, environ: Mapping[str, str]) -> None:
-        variable = read_text(option.env, environ)
-        if given is not None and given != ():
-            self.sources[option.name] = option.flag or option.name
-            self.values[option.name] = self._typed(option, given)
-        elif variable is not None:
-            self.sources[option.name] = f"environment {variable[0]}"
-            self.values[option.name] = self._typed(option, variable[1])
-            self._note_conflict(option, variable, environ)
-        else:
-            self.sources[option.name] = "default"
-            self.values[option.name] = option.default
-
-    def _typed(self, option: Option, given: Any) -> Any:
-        if option.multiple:
-            return tuple(given)
-        if isinstance(given, str) and not given.strip():
-            self.fail(option.name, "must not be empty")
-            return option.default
-        try:
-            if isinstance(given, str):
-                # Choices are words; nobody means another engine by writing it in capitals.
-                text = given.strip().casefold() if option.choices else given
-                value = parse(text, option.kind)
-            else:
-                value = coerce(given, option.kind)
-        except ValueError:
-            self.fail(
-                option.name, f"must be {form(option.kind)}, not {self._quoted(option, given)}"
-            )
-            return option.default
-        wrong = problem(
-            value, minimum=option.minimum, maximum=option.maximum, choices=option.choices
-        )
-        if option.name == "engine" and value == "trtllm":
-            wrong = (
-                "this version does not ship the adapter for the 'trtllm' engine yet; "
-                f"use one of: {', '.join(option.choices)}"
-            )
-        if wrong:
-            self.fail(option.name, wrong)
-            return option.default
-        return value
-
-    @staticmethod
-    def _quoted(option: Option, given: Any) -> str:
-        return "what is set" if option.secret else shown(given)
-
-    def _note_conflict(
-        self, option: Option, used: tuple[str, str], environ: Mapping[str, str]
-    ) -> None:
-        for other in option.env:
-            text = environ.get(other, "").strip()
-            if other != used[0] and text and text != used[1].strip():
-                self.warnings.append(f"environment {other} is ignored: {used[0]} is set as well")
-
-
 def resolve(
     explicit: Mapping[str, Any],
     environ: Mapping[str, str],
     *,
     demo: tuple[Path, str] | None = None,
     with_model: bool = True,
+    of_one_part: bool = False,
 ) -> Settings:
     """Return the settings of this run: ``explicit`` over ``environ`` over the defaults.
 
     ``explicit`` holds what was given on the command line by option name, as text or typed; None or
     () means not given. ``demo`` is (folder, served name) of the model to take when none is given.
     ``with_model`` False is for a process without one: ``model_path`` is then not looked at.
+    ``of_one_part`` is for one process of a deployment: it does not know which others there are, so
+    nothing is said of settings without effect on them.
     Raises ConfigError naming every wrong flag and variable at once; ``param`` is the first's name.
     """
     unknown = set(explicit) - {option.name for option in LAUNCH_OPTIONS}
     if unknown:
         raise TypeError(f"not in LAUNCH_OPTIONS: {', '.join(sorted(unknown))}")
-    layers = _Layers(explicit, environ)
+    layers = Layers(explicit, environ)
     _settle_engine(layers)
+    settle_disaggregation(layers, of_one_part=of_one_part)
     if with_model:
         _settle_model(layers, environ, demo)
     else:
@@ -180,17 +120,18 @@ def resolve(
     return Settings(**layers.values, sources=layers.sources, warnings=warnings)
 
 
-def _settle_engine(layers: _Layers) -> None:
+def _settle_engine(layers: Layers) -> None:
     values = layers.values
     if values["engine"] == "auto":
         values["engine"] = _AUTO_ENGINE
         layers.sources["engine"] += f" (auto takes {_AUTO_ENGINE})"
     if values["engine_config"] is None:
         layers.default("engine_config", shipped_engine_config(_SHIPPED_CONFIG))
-    for name in ("engine_config", "sim_cost_model"):
-        wrong = _file_problem(values[name])
-        if wrong:
-            layers.fail(name, wrong)
+    if wrong := file_problem(values["sim_cost_model"]):
+        layers.fail("sim_cost_model", wrong)
+    # In a disaggregated run it has no effect, so it cannot be wrong either.
+    if not values["disaggregated"] and (wrong := file_problem(values["engine_config"])):
+        layers.fail("engine_config", wrong)
     if values["sim_cost_model"] is not None and values["engine"] != "sim":
         source = layers.sources["sim_cost_model"]
         layers.warnings.append(f"{source} has no effect: the engine is {values['engine']}, not sim")
@@ -203,18 +144,8 @@ def _settle_engine(layers: _Layers) -> None:
     values["overrides"] = tuple(overrides)
 
 
-def _file_problem(path: Path | None) -> str | None:
-    try:
-        if path is None or path.is_file():
-            return None
-        what = "is a folder, not a YAML file" if path.is_dir() else "does not exist"
-    except OSError as error:
-        what = f"cannot be read: {error.strerror}"
-    return f"{shown(path)} {what}"
-
-
 def _settle_model(
-    layers: _Layers, environ: Mapping[str, str], demo: tuple[Path, str] | None
+    layers: Layers, environ: Mapping[str, str], demo: tuple[Path, str] | None
 ) -> None:
     values = layers.values
     if values["model_path"] is None and demo is not None:
@@ -230,7 +161,7 @@ def _settle_model(
     layers.default("served_model_name", served_name(path), "last folder of the model path")
 
 
-def _settle_planes(layers: _Layers) -> None:
+def _settle_planes(layers: Layers) -> None:
     values = layers.values
     host = values["http_host"]
     if "/" in host or host.startswith("[") or host.count(":") == 1:
@@ -266,6 +197,8 @@ def show_settings(settings: Settings) -> str:
             text = " ".join(str(one) for one in value) or "none"
         elif value is None:
             text = option.default_text
+        elif isinstance(value, bool):
+            text = shown(value)
         else:
             text = str(value)
         rows.append((option.name, text, settings.sources[option.name]))

@@ -3,38 +3,64 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from trtllm_workers.config.options import LAUNCH_OPTIONS, Option
 from trtllm_workers.config.settings import Settings
-from trtllm_workers.deploy.names import INGRESS_OPTIONS, WORKER_OPTIONS
+from trtllm_workers.deploy.names import ENGINE_CONFIG_OF, INGRESS_OPTIONS, worker_options
+from trtllm_workers.deploy.shares import GPU_FRACTION, Crew, Share
+from trtllm_workers.types import Role
 
 if TYPE_CHECKING:
     from trtllm_workers.deploy.plan import Plan, PlannedProcess
 
 # -P: a file called types.py or torch.py in the user's folder must not replace a module of ours.
-_PYTHON = ("-P", "-m", "trtllm_workers.cli.main")
+_MODULE = "trtllm_workers.cli.main"
+_PYTHON = ("-P", "-m", _MODULE)
+# Under mpi4py's own runner an error in one rank ends the whole world instead of leaving it waiting.
+_PYTHON_RANK = ("-P", "-m", "mpi4py", "-m", _MODULE)
 
 # What is said even when it is the default, so that a printed command explains itself.
-_ALWAYS = ("model_path", "served_model_name", "engine", "engine_config", "http_host", "http_port")
+_ALWAYS = (
+    "model_path",
+    "served_model_name",
+    "engine",
+    "engine_config",
+    "http_host",
+    "http_port",
+    "strategy",
+    "kv_transport",
+)
 
 
 def ingress_argv(settings: Settings, discovery: str) -> list[str]:
     """Return the arguments (after the interpreter) of the ingress."""
-    return [*_PYTHON, "ingress", *_flags(settings, INGRESS_OPTIONS), "--discovery", discovery]
+    names = [name for name in INGRESS_OPTIONS if settings.disaggregated or name != "strategy"]
+    return [*_PYTHON, "ingress", *_flags(settings, names), "--discovery", discovery]
 
 
-def worker_argv(settings: Settings, worker_id: str, discovery: str) -> list[str]:
-    """Return the arguments (after the interpreter) of one worker."""
-    flags = _flags(settings, WORKER_OPTIONS)
-    return [*_PYTHON, "worker", "--worker-id", worker_id, *flags, "--discovery", discovery]
+def worker_argv(
+    settings: Settings, crew: Crew, share: Share, worker_id: str, discovery: str
+) -> list[str]:
+    """Return the arguments (after the interpreter) of one worker of ``crew``."""
+    python = _PYTHON if crew.num_ranks == 1 else _PYTHON_RANK
+    role = [] if crew.role is Role.AGGREGATED else ["--role", str(crew.role)]
+    config = getattr(settings, ENGINE_CONFIG_OF[crew.role])
+    flags = _flags(settings, worker_options(crew.role), engine_config=config)
+    if share.gpu_fraction is not None:
+        flags += ["--set", f"{GPU_FRACTION}={share.gpu_fraction:g}"]
+    return [
+        *(*python, "worker", "--worker-id", worker_id, *role),
+        *(*flags, "--discovery", discovery),
+    ]
 
 
 def as_shell(plan: Plan) -> str:
     """Return the commands of a plan as shell text: quoted, one process per paragraph, no secret."""
-    count = len(plan.processes) - 1
+    joint = ", " if " and " in plan.workers_in_words else " and "
     head = [
-        f"# run {plan.run_id}: 1 ingress and {count} worker{'s' if count > 1 else ''} "
+        f"# run {plan.run_id}: 1 ingress{joint}{plan.workers_in_words} "
         f"for model {_one_line(plan.model)}",
         "# By hand: each command in a terminal of its own.",
         *(f"# note: {note}" for note in plan.notes),
@@ -45,8 +71,8 @@ def as_shell(plan: Plan) -> str:
 
 def _paragraph(process: PlannedProcess) -> str:
     words = [shlex.quote(word) for word in process.argv]
-    # The interpreter, -P -m module and the verb belong on one line; then one option per line.
-    start = 1 + len(_PYTHON) + 1
+    # What runs Python, the module and the verb belong on one line; then one option per line.
+    start = process.argv.index(_MODULE) + 2
     lines = [" ".join(words[:start])]
     rest = words[start:]
     while rest:
@@ -57,13 +83,16 @@ def _paragraph(process: PlannedProcess) -> str:
     return f"# {process.name}\n{env}" + " \\\n  ".join(lines)
 
 
-def _flags(settings: Settings, names: tuple[str, ...]) -> list[str]:
-    """Return the flags for everything that is not a default, whatever layer it came from."""
+def _flags(settings: Settings, names: Sequence[str], **instead: object) -> list[str]:
+    """Return the flags for everything that is not a default, whatever layer it came from.
+
+    ``instead`` holds values to say in place of the settings' own.
+    """
     words: list[str] = []
     for option in LAUNCH_OPTIONS:
         if option.name not in names or option.flag is None or option.name == "discovery":
             continue
-        value = getattr(settings, option.name)
+        value: Any = instead.get(option.name, getattr(settings, option.name))
         given = settings.sources[option.name] != "default"
         if value is None or not (given or option.name in _ALWAYS):
             continue

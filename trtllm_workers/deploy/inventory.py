@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from trtllm_workers.deploy.plan import Inventory
+from trtllm_workers.deploy.shares import CUDA, THREADS
 
-_PRESETS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+# Any one of them will do: NIXL has a module for each CUDA version.
+_TRANSPORT_MODULES = {"ucx": ("ucxx",), "nixl": ("nixl_cu12", "nixl_cu13", "nixl")}
 
 
 def take_inventory(environ: Mapping[str, str]) -> Inventory:
     """Return what a plan may use here; GPUs are counted by their device files, in no time."""
+    mpiexec = mpiexec_path()
+    lacks = [] if mpiexec else ["mpiexec"]
+    if not _has_module("mpi4py"):
+        lacks.append("mpi4py")
     return Inventory(
         python=sys.executable,
         cwd=Path.cwd(),
         num_cpus=len(os.sched_getaffinity(0)),
-        gpus=gpu_devices(),
-        preset=frozenset(name for name in _PRESETS if environ.get(name)),
+        gpus=visible_gpus(environ),
+        preset=frozenset({THREADS} if environ.get(THREADS) else ()),
+        mpiexec=mpiexec,
+        mpi_lacks=tuple(lacks),
+        transports_lack={
+            name: modules[0]
+            for name, modules in _TRANSPORT_MODULES.items()
+            if not any(_has_module(module) for module in modules)
+        },
     )
+
+
+def _has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def mpiexec_path() -> str:
+    """Return the path of mpiexec, or "" when there is none.
+
+    Only the one beside the interpreter: another MPI's would start ranks that do not find each other.
+    """
+    path = Path(sys.executable).with_name("mpiexec")
+    return str(path) if os.access(path, os.X_OK) else ""
+
+
+def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the devices that CUDA_VISIBLE_DEVICES leaves visible; all when it is not set."""
+    if CUDA not in environ:
+        return gpu_devices()
+    named = [one.strip() for one in environ[CUDA].split(",")]
+    # CUDA takes an entry that is no device, -1 by custom, as the end of the list.
+    end = next((at for at, one in enumerate(named) if one in ("", "-1", "none")), len(named))
+    return tuple(named[:end])
 
 
 def gpu_devices() -> tuple[str, ...]:

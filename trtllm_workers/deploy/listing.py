@@ -14,10 +14,26 @@ from trtllm_workers.deploy.run import ProcessRecord, Run
 from trtllm_workers.observe.status import read_status
 
 _HEADER = ("RUN", "PROCESS", "PID", "ROLE", "STATE", "URL", "UPTIME", "RSS")
+_PAIR_HEADER = ("RUN", "DECODE", "PREFILL", "TRANSPORT", "WIRE", "GB/S", "HANDOFFS", "STATE")
+
+
+class PairRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One prefill worker that a decode worker takes KV blocks from; see ``PairStatus``."""
+
+    peer: str
+    transport: str
+    wire: str
+    state: str
+    gb_per_s: float
+    num_handoffs: int
+    reason: str
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One process of a run. ``pid`` 0: it has ended. ``uptime_s`` in seconds, ``rss_bytes`` of it alone."""
+    """One process of a run. ``pid`` 0: it has ended. ``uptime_s`` in seconds, ``rss_bytes`` of it alone.
+
+    ``pairs`` is empty for all but a decode worker that runs.
+    """
 
     run_id: str
     process: str
@@ -29,6 +45,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     uptime_s: float = 0.0
     rss_bytes: int = 0
     log: str = ""
+    pairs: tuple[PairRow, ...] = ()
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
@@ -58,7 +75,26 @@ def as_table(rows: Sequence[Row], runs: Sequence[Run]) -> str:
         for run in runs
         if run.launcher is None
     ]
-    return "\n".join([table(_HEADER, lines), *hints])
+    parts = [table(_HEADER, lines), *_pair_table(rows), *hints]
+    return "\n".join(parts)
+
+
+def _pair_table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        (
+            row.run_id,
+            row.process,
+            pair.peer,
+            pair.transport or "-",
+            pair.wire or "-",
+            f"{pair.gb_per_s:.2f}" if pair.gb_per_s else "-",
+            str(pair.num_handoffs),
+            f"{pair.state}: {pair.reason}" if pair.reason else pair.state,
+        )
+        for row in rows
+        for pair in row.pairs
+    ]
+    return ["", table(_PAIR_HEADER, lines)] if lines else []
 
 
 def _rows(run: Run) -> list[Row]:
@@ -72,8 +108,10 @@ def _rows(run: Run) -> list[Row]:
     for one in recorded:
         found = by_pid.pop(one.pid, None)
         rows.append(_row(run, one.name, one.role, found[1] if found else None, one.log))
-    for name, process in by_pid.values():
-        rows.append(_row(run, f"{name}'s child" if record else name, "", process, ""))
+    names = {one.name for one in recorded}
+    for name, process in sorted(by_pid.values(), key=lambda member: member[0]):
+        # A rank has a name of its own.
+        rows.append(_row(run, f"{name}'s child" if name in names else name, "", process, ""))
     return rows
 
 
@@ -111,4 +149,10 @@ def _row(run: Run, name: str, role: str, process: proc.Proc | None, log: str) ->
         uptime_s=process.uptime_s if process else 0.0,
         rss_bytes=process.rss_bytes if process else 0,
         log=log,
+        pairs=tuple(
+            PairRow(**msgspec.structs.asdict(pair))
+            for pair in (
+                status.pairs if status is not None and process is not None and role else ()
+            )
+        ),
     )

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.deploy.commands import ingress_argv, worker_argv
 from trtllm_workers.deploy.run import RunFolder
+from trtllm_workers.deploy.shares import GPU_FRACTION, THREADS, Crew, Share, share_out
+from trtllm_workers.errors import ConfigError
 from trtllm_workers.types import Role
 
 # Every process: lines appear when they are written, and a crash in native code leaves its stack.
 _PYTHON_ENV = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+
+# mpiexec would otherwise start ranks by ssh or srun when the host name or SLURM variables say so.
+_THIS_HOST = ("-launcher", "fork", "-rmk", "user", "-localhost", "127.0.0.1")
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
     """What the planner may use of this host.
 
-    ``gpus`` are the visible devices by the names CUDA_VISIBLE_DEVICES takes. ``preset`` holds those
-    variables of the environment that the planner would otherwise set.
+    ``gpus`` are the visible devices by the names CUDA_VISIBLE_DEVICES takes. ``preset`` holds
+    OMP_NUM_THREADS when the environment sets it. ``mpiexec`` is the program of this environment that
+    starts MPI worlds; ``mpi_lacks`` names what is missing for them. ``transports_lack`` names, by KV
+    transport, the missing package that it needs.
     """
 
     python: str
@@ -28,11 +37,17 @@ class Inventory:
     num_cpus: int = 1
     gpus: tuple[str, ...] = ()
     preset: frozenset[str] = frozenset()
+    mpiexec: str = ""
+    mpi_lacks: tuple[str, ...] = ("mpiexec",)
+    transports_lack: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedProcess:
-    """One process to start. ``env`` goes on top of the launcher's own environment."""
+    """One process to start. ``env`` goes on top of the launcher's own environment.
+
+    With ``num_ranks`` above 1 the command starts an MPI world of so many processes.
+    """
 
     name: str
     role: str
@@ -41,6 +56,7 @@ class PlannedProcess:
     log: Path
     status: Path
     env: Mapping[str, str] = field(default_factory=dict)
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,37 +76,64 @@ class Plan:
     drain_timeout_s: float
     notes: tuple[str, ...] = ()
 
+    @property
+    def workers_in_words(self) -> str:
+        """How many workers there are: ``2 workers``, ``1 prefill worker and 2 decode workers``."""
+        roles = Counter(one.role for one in self.processes if one.role != "ingress")
+        return " and ".join(
+            f"{count}{'' if role == Role.AGGREGATED else f' {role}'} worker{'s' if count > 1 else ''}"
+            for role, count in roles.items()
+        )
 
-def make_plan(settings: Settings, inventory: Inventory, folder: RunFolder) -> Plan:
-    """Return the plan of an aggregated deployment: one ingress and ``num_workers`` workers."""
+
+def make_plan(
+    settings: Settings,
+    inventory: Inventory,
+    folder: RunFolder,
+    engine_configs: Mapping[Role, EngineConfig] | None = None,
+) -> Plan:
+    """Return the plan of one ingress and the workers of every role that the settings ask for.
+
+    ``engine_configs`` tell how many ranks a worker of a role has; without them it has one. Raises
+    ConfigError when this host cannot give the workers what they need.
+    """
+    if settings.disaggregated:
+        _require_transport(settings, inventory)
     log_dir = settings.log_dir.absolute() if settings.log_dir else folder.logs
     discovery = settings.discovery or folder.discovery.as_uri()
     # In a directory that several runs share, two workers of one name would replace each other.
     prefix = f"{folder.run_id}-" if settings.discovery else ""
 
-    def process(name: str, role: str, argv: list[str], env: Mapping[str, str]) -> PlannedProcess:
+    def process(
+        name: str, role: str, argv: list[str], env: Mapping[str, str], num_ranks: int = 1
+    ) -> PlannedProcess:
         # A log folder that outlives runs gets one set of files per run.
         log_name = f"{folder.run_id}-{name}.log" if settings.log_dir else f"{name}.log"
         status = folder.status(name)
+        words = (*python_words(num_ranks, inventory), *argv, "--status-file", str(status))
         return PlannedProcess(
             name=name,
             role=role,
-            argv=(inventory.python, *argv, "--status-file", str(status)),
+            argv=words,
             cwd=inventory.cwd,
             log=log_dir / log_name,
             status=status,
             env={**_PYTHON_ENV, **env},
+            num_ranks=num_ranks,
         )
 
-    shares, notes = _shares(settings, inventory)
+    crews = _crews(settings, engine_configs or {})
+    shares, notes = _shares(settings, crews, inventory)
     workers = [
         process(
-            f"worker-{index}",
-            str(Role.AGGREGATED),
-            worker_argv(settings, f"{prefix}worker-{index}", discovery),
-            share,
+            name := f"{'worker' if crew.role is Role.AGGREGATED else crew.role}-{index}",
+            str(crew.role),
+            worker_argv(settings, crew, share, f"{prefix}{name}", discovery),
+            share.env,
+            crew.num_ranks,
         )
-        for index, share in enumerate(shares)
+        for crew in crews
+        for index, share in enumerate(shares[crew.role])
     ]
     ingress = process("ingress", "ingress", ingress_argv(settings, discovery), {})
     return Plan(
@@ -110,22 +153,71 @@ def make_plan(settings: Settings, inventory: Inventory, folder: RunFolder) -> Pl
     )
 
 
+def _crews(settings: Settings, configs: Mapping[Role, EngineConfig]) -> list[Crew]:
+    if not settings.disaggregated:
+        return [_crew(Role.AGGREGATED, settings.num_workers, configs)]
+    return [
+        _crew(
+            role,
+            getattr(settings, f"num_{role}_workers"),
+            configs,
+            getattr(settings, f"{role}_cuda_visible_devices"),
+            settings.sources[f"{role}_cuda_visible_devices"],
+        )
+        for role in (Role.PREFILL, Role.DECODE)
+    ]
+
+
+def _crew(
+    role: Role,
+    num_workers: int,
+    configs: Mapping[Role, EngineConfig],
+    told: str | None = None,
+    source: str = "",
+) -> Crew:
+    config = configs.get(role)
+    found = config.settings if config else {}
+    ranks, fraction = found.get("tensor_parallel_size"), found.get(GPU_FRACTION)
+    return Crew(
+        role=role,
+        num_workers=num_workers,
+        num_ranks=int(ranks.value) if ranks else 1,
+        told=tuple(told.split(",")) if told else None,
+        source=source,
+        gpu_fraction=fraction.value if fraction and fraction.source == "default" else None,
+    )
+
+
 def _shares(
-    settings: Settings, inventory: Inventory
-) -> tuple[list[dict[str, str]], tuple[str, ...]]:
-    """Return each worker's share of the host as variables: threads on a CPU, one GPU each."""
-    num_workers = settings.num_workers
-    if num_workers == 1 or settings.engine == "sim":
-        return [{} for _ in range(num_workers)], ()
-    if inventory.gpus and "CUDA_VISIBLE_DEVICES" not in inventory.preset:
-        if len(inventory.gpus) >= num_workers:
-            return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in inventory.gpus[:num_workers]], ()
-        note = f"{num_workers} workers share {len(inventory.gpus)} GPUs: each must leave memory to the others"
-        count = len(inventory.gpus)
-        return [
-            {"CUDA_VISIBLE_DEVICES": inventory.gpus[index % count]} for index in range(num_workers)
-        ], (note,)
-    if "OMP_NUM_THREADS" in inventory.preset:
-        return [{} for _ in range(num_workers)], ()
-    threads = str(max(1, inventory.num_cpus // num_workers))
-    return [{"OMP_NUM_THREADS": threads} for _ in range(num_workers)], ()
+    settings: Settings, crews: list[Crew], inventory: Inventory
+) -> tuple[dict[Role, list[Share]], tuple[str, ...]]:
+    if settings.engine == "sim":  # it computes nothing
+        return {crew.role: [Share()] * crew.num_workers for crew in crews}, ()
+    return share_out(
+        crews, inventory.gpus, inventory.num_cpus, threads_are_set=THREADS in inventory.preset
+    )
+
+
+def _require_transport(settings: Settings, inventory: Inventory) -> None:
+    name = settings.kv_transport
+    if package := inventory.transports_lack.get(name):
+        source = settings.sources["kv_transport"]
+        raise ConfigError(
+            f"KV transport {name} ({source}) needs the Python package '{package}', which is not "
+            f"installed; run: pip install 'trtllm-launch[{name}]', "
+            "or take what is there with --kv-transport auto",
+            param="kv_transport",
+        )
+
+
+def python_words(num_ranks: int, inventory: Inventory) -> tuple[str, ...]:
+    """Return how to start Python: alone, or as an MPI world of ``num_ranks`` on this host."""
+    if num_ranks == 1:
+        return (inventory.python,)
+    if inventory.mpi_lacks:
+        raise ConfigError(
+            f"tensor_parallel_size {num_ranks} starts an MPI world, and this environment has no "
+            f"{' and no '.join(inventory.mpi_lacks)}; run: pip install 'trtllm-launch[mpi]'",
+            param="tensor_parallel_size",
+        )
+    return (inventory.mpiexec, *_THIS_HOST, "-n", str(num_ranks), inventory.python)

@@ -3,6 +3,7 @@
 ::
 
     process started ─▶ starting ─▶ model n % ─▶ registering ─▶ registered ┐
+                       (a decode worker: … ─▶ registering ─▶ pairing ─▶ registered)
     process started ─▶ starting ─▶ listening ─────────────────────────────┴▶ one-token probe
 
 Knows how processes report (observe/status.py) and no process itself.
@@ -40,6 +41,7 @@ class _Rung:
     text: str
     since_s: float
     told_s: float
+    step: str = ""
     done: float | None = None
     ready: bool = False
     detail: str = ""
@@ -74,9 +76,9 @@ class Ladder:
         text = step_in_words(status)
         if text == rung.text:
             return None
-        new_step = text.split()[0] != rung.text.split()[0]
+        new_step = status.step != rung.step or status.detail != rung.detail
         advance = (status.done or 0.0) - (rung.done or 0.0)
-        rung.text, rung.since_s, rung.detail = text, now_s, status.detail
+        rung.step, rung.text, rung.since_s, rung.detail = status.step, text, now_s, status.detail
         rung.ready = status.step == _LAST_STEP.get(rung.role, "registered")
         if not new_step and advance < _SMALLEST_SHOWN_ADVANCE and status.done != 1.0:
             return None

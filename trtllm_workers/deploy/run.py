@@ -32,6 +32,8 @@ from trtllm_workers.errors import ConfigError
 RUN_ID = "TRTLLM_LAUNCH_RUN_ID"
 RUN_FOLDER = "TRTLLM_LAUNCH_RUN_FOLDER"
 PROCESS = "TRTLLM_LAUNCH_PROCESS"
+# mpiexec tells each rank of a world its number.
+_RANK = "PMI_RANK"
 
 _RECORD = "run.json"
 _KEPT_LOGS = 10
@@ -202,11 +204,25 @@ def find_runs(roots: Sequence[Path], *, elsewhere: bool = True) -> list[Run]:
         run_id = tags.get(RUN_ID)
         if run_id and (elsewhere or run_id in runs or _lies_under(roots, tags)):
             run = runs.setdefault(run_id, _unrecorded(run_id, tags))
-            run.members[process.pid] = (tags.get(PROCESS, "unnamed"), process)
+            name = tags.get(PROCESS, "unnamed")
+            run.members[process.pid] = (
+                f"{name} rank {tags[_RANK]}" if _RANK in tags else name,
+                process,
+            )
     for run in runs.values():
         if run.record is not None and run.record.of_this_boot:
             _add_recorded(run, run.record, live)
     return sorted(runs.values(), key=lambda run: run.record.started_at_s if run.record else 0.0)
+
+
+def ranks_of(run_id: str, process: str) -> dict[int, proc.Proc]:
+    """Return the live ranks of one process of a run that is an MPI world, by rank."""
+    found = {}
+    for one in members_of(run_id):
+        tags = proc.variables(one.pid)
+        if tags.get(PROCESS) == process and tags.get(_RANK, "").isdigit():
+            found[int(tags[_RANK])] = one
+    return found
 
 
 def members_of(run_id: str) -> list[proc.Proc]:

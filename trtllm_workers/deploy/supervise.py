@@ -22,6 +22,7 @@ from trtllm_workers.deploy.output import LogFile, Output, Terminal
 from trtllm_workers.deploy.parent import PARENT_PID
 from trtllm_workers.deploy.plan import Plan, PlannedProcess
 from trtllm_workers.deploy.run import PROCESS, RUN_FOLDER, RUN_ID, ProcessRecord, members_of
+from trtllm_workers.deploy.world import WorldWatch
 from trtllm_workers.errors import StartError
 
 _CHUNK_BYTES = 64 * 1024
@@ -35,7 +36,10 @@ _LAST_STAGE_S = 5.0
 
 @dataclass(slots=True)
 class Child:
-    """One started process. ``status`` is set once it has ended: exit code, or minus the signal."""
+    """One started process. ``status`` is set once it has ended: exit code, or minus the signal.
+
+    ``world`` watches the ranks of a process that is an MPI world.
+    """
 
     plan: PlannedProcess
     popen: subprocess.Popen[bytes]
@@ -46,6 +50,7 @@ class Child:
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     status: int | None = None
     ended_s: float = 0.0
+    world: WorldWatch | None = None
 
     @property
     def name(self) -> str:
@@ -79,6 +84,7 @@ class Supervisor:
         self._terminal = terminal
         self._told_about_logs = False
         self._ending = False
+        self._watches: list[asyncio.Task[None]] = []
         self.children: list[Child] = []
         self.first_death: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
 
@@ -107,6 +113,9 @@ class Supervisor:
         wait to two seconds. Returns the names of those that needed KILL.
         """
         self._ending = True
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
         clock = asyncio.get_running_loop().time
         deadline = clock() + grace_s
         fronts = [child for child in self.children if child.plan.role == "ingress"]
@@ -157,6 +166,9 @@ class Supervisor:
         os.set_blocking(popen.stdout.fileno(), False)
         loop.add_reader(popen.stdout.fileno(), self._on_output, child)
         loop.add_reader(child.pidfd, self._on_exit, child)
+        if planned.num_ranks > 1:
+            child.world = WorldWatch(self._plan.run_id, planned.name, planned.num_ranks)
+            self._watches.append(loop.create_task(child.world.watch()))
         return child
 
     def _tags(self, planned: PlannedProcess) -> dict[str, str]:

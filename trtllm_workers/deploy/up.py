@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from trtllm_workers.deploy import guard, proc, report
+from trtllm_workers.deploy import guard, proc, report, world
 from trtllm_workers.deploy.output import Terminal
 from trtllm_workers.deploy.plan import Plan
 from trtllm_workers.deploy.ready import PROBE, Ladder, climb, probe, reachable
@@ -189,12 +189,19 @@ class _Story:
         assert child.status is not None
         now_s = asyncio.get_running_loop().time()
         self._ladder.observe(child.name, read_status(child.plan.status), now_s)
+        name, status, lines = child.name, child.status, child.output.tail()
+        if child.world is not None:
+            rank = world.culprit(lines, child.world.first_ended)
+            name = f"{name} (a world of {child.plan.num_ranks} ranks)"
+            if rank is not None:
+                name = f"rank {rank} of {child.name}"
+            status, lines = world.exit_status(status, lines), world.without_chatter(lines)
         text = report.death(
-            child.name,
-            child.status,
+            name,
+            status,
             after_s=child.ended_s - child.started_s,
             step="ready" if self._ready else self._ladder.step(child.name),
-            lines=child.output.tail(),
+            lines=lines,
             log=child.plan.log,
         )
         return EngineDead(text) if self._ready else StartError(text)

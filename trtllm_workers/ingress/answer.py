@@ -64,7 +64,7 @@ class Answer:
         if engine_runs:
             self._streams.abort((choice,))
         else:
-            self._streams.release(choice)
+            self._streams.drop(choice)
         if self.failure is None and not self._move(choice, worker, error):
             self.fail(error, cause="worker_failed")
 

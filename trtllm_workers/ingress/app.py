@@ -16,6 +16,7 @@ from trtllm_workers.ingress.exchange import Exchange
 from trtllm_workers.ingress.fleet import Fleet, Served, Worker
 from trtllm_workers.ingress.responses import error_body
 from trtllm_workers.observe.metrics import CONTENT_TYPE, Metrics
+from trtllm_workers.planes.messages import PairStats
 
 OWNER = "trtllm-launch"
 ENDPOINTS = (CHAT, COMPLETIONS)
@@ -105,13 +106,13 @@ def make_app(dispatcher: Dispatcher, fleet: Fleet, metrics: Metrics) -> IngressA
     @app.get("/ready")
     async def ready() -> Response:
         status, missing = _readiness(fleet, dispatcher)
-        return _json(status, {"status": "not ready" if missing else "ready", **missing})
+        return _json(status, {"status": _word(status), **missing})
 
     @app.get("/health")
     async def health() -> Response:
         status, missing = _readiness(fleet, dispatcher)
         shown = {
-            "status": "not ready" if missing else "ready",
+            "status": _word(status),
             **missing,
             "requests_in_work": dispatcher.num_answers,
             "models": {name: _health(served) for name, served in sorted(fleet.models.items())},
@@ -158,14 +159,23 @@ def _route_error(request: Request, error: HTTPException) -> Response:
 
 
 def _readiness(fleet: Fleet, dispatcher: Dispatcher) -> tuple[int, dict[str, Any]]:
-    """Return the HTTP status, and what is missing; nothing when a model can be served."""
+    """Return the HTTP status, and what is missing or degraded; nothing when all is well."""
     if dispatcher.closing:
         return 503, {"missing": f"the ingress is stopping: {dispatcher.closing}"}
     if any(served.ready for served in fleet.models.values()):
-        return 200, {}
+        degraded = {
+            name: served.missing
+            for name, served in fleet.models.items()
+            if served.ready and not served.whole
+        }
+        return 200, {"degraded": degraded} if degraded else {}
     if not fleet.models:
         return 503, {"missing": "no worker has registered yet"}
     return 503, {"missing": {name: served.missing for name, served in fleet.models.items()}}
+
+
+def _word(status: int) -> str:
+    return "ready" if status == 200 else "not ready"
 
 
 def _model(served: Served) -> dict[str, Any]:
@@ -180,7 +190,7 @@ def _model(served: Served) -> dict[str, Any]:
 
 def _health(served: Served) -> dict[str, Any]:
     shown: dict[str, Any] = {"ready": served.ready}
-    if not served.ready:
+    if not served.ready or not served.whole:
         shown["missing"] = served.missing
     if served.text is not None:
         shown["encoder"] = served.text.encoder_name
@@ -205,4 +215,18 @@ def _worker(worker: Worker) -> dict[str, Any]:
         shown["problem"] = worker.problem
     if worker.load is not None:
         shown["stats"] = worker.load.stats
+        if worker.load.pairs:
+            shown["pairs"] = [_pair(pair) for pair in worker.load.pairs]
     return shown
+
+
+def _pair(pair: PairStats) -> dict[str, Any]:
+    return {
+        "prefill": pair.peer.peer_id,
+        "state": pair.state,
+        "reason": pair.reason,
+        "transport": pair.transport,
+        "wire": pair.wire,
+        "gb_per_s": round(pair.gb_per_s, 3),
+        "handoffs": pair.num_handoffs,
+    }

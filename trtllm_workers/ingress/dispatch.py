@@ -17,12 +17,13 @@ from trtllm_workers.errors import (
     Overloaded,
     PeerLost,
     RequestError,
+    TransferError,
     Unavailable,
 )
 from trtllm_workers.ingress.answer import Answer
 from trtllm_workers.ingress.choice import Choice
 from trtllm_workers.ingress.exchange import Exchange, Receive, Scope, Send
-from trtllm_workers.ingress.fleet import Fleet, Served, Worker
+from trtllm_workers.ingress.fleet import Fleet, Placement, Served, Worker
 from trtllm_workers.ingress.job import Job, rest_of
 from trtllm_workers.ingress.meters import CLIENT_LEFT, Meters, RequestMeter
 from trtllm_workers.ingress.openai import Ask, parse_chat, parse_completion
@@ -50,7 +51,7 @@ CHAT = Endpoint("/v1/chat/completions", parse_chat, "chatcmpl-")
 COMPLETIONS = Endpoint("/v1/completions", parse_completion, "cmpl-")
 
 # A stream that ended with one of these was a victim: the request itself is as good as before.
-_MOVABLE = (PeerLost, EngineDead, Unavailable)
+_MOVABLE = (PeerLost, EngineDead, Unavailable, TransferError)
 
 
 class Dispatcher:
@@ -201,7 +202,7 @@ class Dispatcher:
     ) -> None:
         """Send the n choices of one prompt to one worker: they share its prefix."""
         ask = job.ask
-        worker = self._fleet.place(job.served, ask.fields)
+        to = self._fleet.place(job.served, ask.fields, num_prompt_tokens=len(prompt))
         for at in range(ask.n):
             index = len(answer.choices)
             request = GenerateRequest(
@@ -222,20 +223,27 @@ class Dispatcher:
             if isinstance(sink, Collected) and not ask.stop and ask.logprobs is None:
                 choice.be_silent()
             answer.add(choice)
-            worker = self._send(job.served, ask, choice, request, worker)
+            to = self._send(job.served, ask, choice, request, to)
 
     def _send(
-        self, served: Served, ask: Ask, choice: Choice, request: GenerateRequest, worker: Worker
-    ) -> Worker:
-        """Send to ``worker``, or to the next one while connections turn out to be lost."""
+        self, served: Served, ask: Ask, choice: Choice, request: GenerateRequest, to: Placement
+    ) -> Placement:
+        """Send to where it was placed, or elsewhere while connections turn out to be lost."""
         for _ in served.workers:
             try:
-                self._streams.submit(choice, worker, request)
-                return worker
+                self._streams.submit(choice, to, request)
+                return to
             except PeerLost as error:
-                log.warning("worker lost", worker_id=worker.worker_id, error=str(error))
-                worker = self._fleet.place(served, ask.fields, exclude=worker)
+                log.warning("worker lost", worker_id=to.worker.worker_id, error=str(error))
+                to = self._place(served, ask, request, exclude=to.worker)
         raise Unavailable(f"no worker of model '{served.name}' can be reached")
+
+    def _place(
+        self, served: Served, ask: Ask, request: GenerateRequest, exclude: Worker | None
+    ) -> Placement:
+        return self._fleet.place(
+            served, ask.fields, exclude, num_prompt_tokens=len(request.prompt_token_ids)
+        )
 
     def _move(self, job: Job, choice: Choice, worker: Worker | None, error: LaunchError) -> bool:
         """Let a choice go on at another worker, if it can; its client notices nothing.
@@ -258,8 +266,8 @@ class Dispatcher:
             return False
         choice.moves += 1
         try:
-            place = self._fleet.place(job.served, job.ask.fields, exclude=worker)
-            self._send(job.served, job.ask, choice, request, place)
+            to = self._place(job.served, job.ask, request, exclude=worker)
+            to = self._send(job.served, job.ask, choice, request, to)
         except LaunchError as nowhere:
             log.warning("stream cannot move", request_id=request.request_id, reason=str(nowhere))
             return False
@@ -268,7 +276,7 @@ class Dispatcher:
             "stream moved",
             request_id=request.request_id,
             worker_id=worker.worker_id if worker is not None else None,
-            to_worker_id=place.worker_id,
+            to_worker_id=to.worker.worker_id,
             tokens=len(choice.token_ids),
         )
         return True

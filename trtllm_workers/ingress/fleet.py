@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from trtllm_workers.errors import (
 )
 from trtllm_workers.ingress.text import TextModel, load_text_model
 from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
-from trtllm_workers.planes.messages import WorkerStats
-from trtllm_workers.types import Address, Role, WorkerRecord, WorkerState
+from trtllm_workers.planes.messages import StatsAsk, WorkerStats
+from trtllm_workers.types import Address, Role, Strategy, WorkerRecord, WorkerState
 
 log = structlog.get_logger(__name__)
 
@@ -45,11 +46,17 @@ class Worker:
         self.problem = "not connected yet"
         self.load: WorkerStats | None = None
         self.lost = asyncio.Event()
+        self.ready_pairs: frozenset[Address] = frozenset()
 
     @property
     def worker_id(self) -> str:
         """The worker's name in discovery."""
         return self.record.worker_id
+
+    @property
+    def role(self) -> Role:
+        """What it does."""
+        return self.record.role
 
     @property
     def takes_requests(self) -> bool:
@@ -64,8 +71,16 @@ class Worker:
         return "draining" if self.draining else "ready"
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request goes: to ``worker``, which with ``decode`` set prefills and hands over to that."""
+
+    worker: Worker
+    decode: Worker | None = None
+
+
 class Served:
-    """One served model: its text side and its workers."""
+    """One served model: its text side and its workers, of whatever role."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -73,11 +88,34 @@ class Served:
         self.problem = "its tokenizer is being loaded"
         self.created_s = 0
         self.workers: list[Worker] = []
+        self._was_whole = False
 
     @property
     def ready(self) -> bool:
-        """True when a request for it can be served: the whole chain is up."""
-        return self.text is not None and any(worker.takes_requests for worker in self.workers)
+        """True when a request for it can be served.
+
+        That takes a whole chain once: an aggregated worker, or a decode worker with a prefill worker
+        that has passed its gate. When all prefill workers go later, decode workers do their work.
+        """
+        if self.text is None:
+            return False
+        if self.whole:
+            self._was_whole = True
+            return True
+        return self._was_whole and any(worker.takes_requests for worker in self.makers)
+
+    @property
+    def whole(self) -> bool:
+        """True when a chain is up from the first worker to the last."""
+        return any(
+            worker.takes_requests and (worker.role is not Role.DECODE or worker.ready_pairs)
+            for worker in self.makers
+        )
+
+    @property
+    def makers(self) -> list[Worker]:
+        """The workers that stream tokens: aggregated and decode ones."""
+        return [worker for worker in self.workers if worker.role is not Role.PREFILL]
 
     @property
     def max_seq_len(self) -> int:
@@ -91,11 +129,29 @@ class Served:
 
     @property
     def missing(self) -> str:
-        """Why it is not ready, for people."""
+        """Why it is not ready, or not whole, for people."""
         if self.text is None:
             return self.problem
-        problems = [f"worker {w.worker_id} is {w.state}: {w.problem}" for w in self.workers]
+        problems = [
+            f"worker {worker.worker_id} is {worker.state}: {worker.problem}"
+            for worker in self.workers
+            if not worker.takes_requests
+        ]
+        problems += [
+            f"decode worker {worker.worker_id} has no prefill worker: {_why_unpaired(worker)}"
+            for worker in self.makers
+            if worker.takes_requests and worker.role is Role.DECODE and not worker.ready_pairs
+        ]
+        if not self.makers:
+            problems.append("no decode worker has registered")
         return "; ".join(problems) or "no worker serves it"
+
+
+def _why_unpaired(worker: Worker) -> str:
+    if worker.load is None:
+        return "it has not told yet"
+    pairs = [f"{one.peer.peer_id} {one.state}: {one.reason}" for one in worker.load.pairs]
+    return "; ".join(pairs) or "none has registered"
 
 
 class Fleet:
@@ -114,7 +170,9 @@ class Fleet:
         on_lost: Callable[[Worker, PeerLost], None],
         model_path: Path | None = None,
         connect_timeout_s: float = 5.0,
+        strategy: Strategy = Strategy.DECODE_FIRST,
     ) -> None:
+        self._strategy = strategy
         self._plane = plane
         self._discovery = discovery
         self._executor = executor
@@ -158,7 +216,7 @@ class Fleet:
         fresh = {
             (record.worker_id, record.address.incarnation): record
             for record in records
-            if record.role is Role.AGGREGATED
+            if record.role is not Role.ENCODE
         }
         for key in [key for key in self._workers if key not in fresh]:
             # Its record is gone: no new requests. Its connection ends when the worker does.
@@ -225,6 +283,8 @@ class Fleet:
             retry_s = FIRST_RETRY_S
             worker.lost.clear()
             worker.peer = peer
+            with contextlib.suppress(PeerLost):  # then peer_lost is on its way
+                peer.send(StatsAsk())
             self._by_address[peer.address] = worker
             worker.problem = ""
             self.changed.set()
@@ -238,6 +298,7 @@ class Fleet:
             return  # of two connections to one worker, not the one we use
         del self._by_address[peer.address]
         worker.peer = None
+        worker.ready_pairs = frozenset()
         worker.problem = str(error)
         worker.lost.set()
         self.changed.set()
@@ -252,11 +313,17 @@ class Fleet:
             worker.problem = reason
             self.changed.set()
 
-    def peer_stats(self, peer: Peer, load: WorkerStats) -> None:
-        """Keep what a worker says about its load."""
+    def peer_stats(self, peer: Peer, load: WorkerStats) -> Worker | None:
+        """Keep what a worker says about its load and its pairs; return the worker if it is known."""
         worker = self._by_address.get(peer.address)
-        if worker is not None:
-            worker.load = load
+        if worker is None:
+            return None
+        worker.load = load
+        ready = frozenset(pair.peer for pair in load.pairs if pair.state == "ready")
+        if ready != worker.ready_pairs:
+            worker.ready_pairs = ready
+            self.changed.set()
+        return worker
 
     def served(self, model: str) -> Served:
         """Return a model that is ready. Raises ModelNotFound, Unavailable."""
@@ -271,14 +338,22 @@ class Fleet:
         return served
 
     def place(
-        self, served: Served, needs: Collection[str], exclude: Worker | None = None
-    ) -> Worker:
-        """Return the worker with the fewest of our streams; equal ones take turns.
+        self,
+        served: Served,
+        needs: Collection[str],
+        exclude: Worker | None = None,
+        *,
+        num_prompt_tokens: int = 0,
+    ) -> Placement:
+        """Return the workers with the fewest of our streams; equal ones take turns.
 
         Raises Unavailable when none takes requests, NotSupported naming the first sampling field
         of ``needs`` that none of them honours.
         """
-        able = [w for w in served.workers if w.takes_requests and w is not exclude]
+        able = [w for w in served.makers if w.takes_requests and w is not exclude]
+        if not able and exclude is not None and exclude.role is Role.DECODE:
+            # It may have been the prefill worker's fault, and there is no other decode worker.
+            able = [exclude] if exclude.takes_requests else []
         if not able:
             raise Unavailable(f"model '{served.name}' has no worker left: {served.missing}")
         for field in needs:
@@ -288,8 +363,24 @@ class Fleet:
                     f"'{field}' is not supported by the engine that serves '{served.name}'",
                     param=field,
                 )
-        fewest = min(worker.in_flight for worker in able)
-        least = [worker for worker in able if worker.in_flight == fewest]
+        paired = [w for w in able if w.role is not Role.DECODE or w.ready_pairs]
+        maker = self._least(paired or able)
+        if maker.role is not Role.DECODE or self._strategy is Strategy.DECODE_FIRST:
+            return Placement(maker)
+        if num_prompt_tokens <= maker.record.max_local_prefill_length:
+            return Placement(maker)
+        prefills = [
+            worker
+            for worker in served.workers
+            if worker.takes_requests
+            and worker is not exclude
+            and worker.record.address in maker.ready_pairs
+        ]
+        return Placement(self._least(prefills), maker) if prefills else Placement(maker)
+
+    def _least(self, workers: list[Worker]) -> Worker:
+        fewest = min(worker.in_flight for worker in workers)
+        least = [worker for worker in workers if worker.in_flight == fewest]
         self._turn += 1
         return least[self._turn % len(least)]
 

@@ -12,6 +12,7 @@ from trtllm_workers.errors import PeerLost
 from trtllm_workers.ingress.app import IngressApp, make_app
 from trtllm_workers.ingress.dispatch import Dispatcher
 from trtllm_workers.ingress.fleet import Fleet, Worker
+from trtllm_workers.ingress.handoff_meters import observe_phases, show_handoffs
 from trtllm_workers.ingress.meters import Meters
 from trtllm_workers.ingress.settings import IngressSettings
 from trtllm_workers.ingress.streams import Streams
@@ -42,13 +43,15 @@ class Ingress:
         """Take one message from a worker."""
         if isinstance(message, Tokens):
             if self._streams is not None:
-                self._streams.on_tokens(message)
+                self._streams.on_tokens(peer, message)
         elif self.fleet is None:
             return
         elif isinstance(message, Drain):
             self.fleet.peer_drains(peer, message.reason)
         elif isinstance(message, WorkerStats):
-            self.fleet.peer_stats(peer, message)
+            worker = self.fleet.peer_stats(peer, message)
+            if worker is not None:
+                observe_phases(self.metrics, worker.record.model, message.handoffs)
 
     def on_lost(self, peer: Peer, error: PeerLost) -> None:
         """Take notice that a connection ended."""
@@ -67,6 +70,7 @@ class Ingress:
             on_lost=self._worker_lost,
             model_path=self._settings.model_path,
             connect_timeout_s=self._settings.connect_timeout_s,
+            strategy=self._settings.strategy,
         )
         dispatcher = self.dispatcher = Dispatcher(
             fleet, streams, Meters(self.metrics), self._settings
@@ -98,6 +102,7 @@ class Ingress:
                     record_engine_stats(self.metrics, worker.worker_id, worker.load.stats)
                     frames = self.metrics.counter(_FRAMES, worker_id=worker.worker_id)
                     frames.advance_to(worker.load.num_frames)
+                    show_handoffs(self.metrics, worker.load)
 
     async def drain(self, reason: str, timeout_s: float) -> bool:
         """Take no new requests and wait for the running ones. True when all have ended."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trtllm_workers.types import Strategy
+
 MIB = 1 << 20
 
 
@@ -32,6 +34,7 @@ class IngressSettings:
     * ``client_stall_timeout_s`` and ``max_unread_bytes``: a client that leaves its stream unread
       for so long, or lets so much pile up, is dropped and its request aborted.
     * ``drain_timeout_s``: on SIGTERM running streams get this long, then they are aborted.
+    * ``strategy``: who gets a request first where prefill and decode are apart.
     * ``migration_limit``: how often one stream may move to another worker when its own dies.
     """
 
@@ -54,6 +57,7 @@ class IngressSettings:
     max_unread_bytes: int = MIB
     keep_alive_timeout_s: float = 75.0
     drain_timeout_s: float = 30.0
+    strategy: Strategy = Strategy.DECODE_FIRST
     migration_limit: int = 3
     access_log: bool = False
     on_listening: Callable[[str, int], None] = _ignore_listening

@@ -146,4 +146,91 @@ TABLE: tuple[Spec, ...] = (
         ("worker_id",),
         "Token frames sent to ingresses.",
     ),
+    # Handoffs, as workers tell them. A worker of role prefill counts handoffs by their end, one of
+    # role decode its pairs: label peer is the prefill worker.
+    Spec(
+        "trtllm_launch_handoff_blocks",
+        "gauge",
+        ("worker_id", "state"),
+        "Active KV blocks that wait: pinned (to be fetched) or reserved (for KV to come).",
+    ),
+    Spec(
+        "trtllm_launch_blocks_allocated_total",
+        "counter",
+        ("worker_id",),
+        "KV blocks that requests came to hold.",
+    ),
+    Spec(
+        "trtllm_launch_blocks_freed_total",
+        "counter",
+        ("worker_id",),
+        "KV blocks that requests let go of; equal to those allocated when no request is left.",
+    ),
+    Spec(
+        "trtllm_launch_leaked_blocks_total",
+        "counter",
+        ("worker_id",),
+        "KV blocks held for requests that nobody stood for any more. Alarm when it is not 0.",
+    ),
+    Spec(
+        "trtllm_launch_handoffs_total",
+        "counter",
+        ("worker_id", "state", "cause"),
+        "Handoffs that reached a state (offered, fetching) or ended (released, expired), by cause.",
+    ),
+    Spec(
+        "trtllm_launch_prefill_fallbacks_total",
+        "counter",
+        ("worker_id", "cause"),
+        "Prompts that a decode worker computed itself because remote prefill did not work out.",
+    ),
+    Spec(
+        "trtllm_launch_local_prefills_total",
+        "counter",
+        ("worker_id",),
+        "Prompts that a decode worker computed itself because little of them was uncached.",
+    ),
+    Spec(
+        "trtllm_launch_kv_transfers_total",
+        "counter",
+        ("worker_id", "peer", "transport", "wire"),
+        "Handoffs whose blocks were read.",
+    ),
+    Spec(
+        "trtllm_launch_kv_transfer_bytes_total",
+        "counter",
+        ("worker_id", "peer", "transport", "wire"),
+        "Bytes of KV blocks read.",
+    ),
+    Spec(
+        "trtllm_launch_kv_transfer_seconds_total",
+        "counter",
+        ("worker_id", "peer", "transport", "wire"),
+        "Seconds that reading KV blocks took.",
+    ),
+    Spec(
+        "trtllm_launch_kv_transfer_gb_per_second",
+        "gauge",
+        ("worker_id", "peer", "transport", "wire"),
+        "Rate of recent reads of KV blocks, 10^9 bytes a second.",
+    ),
+    Spec(
+        "trtllm_launch_pairs",
+        "gauge",
+        ("worker_id", "peer", "state"),
+        "1 for the state a pair is in: checking, ready, refused, mismatch or lost.",
+    ),
+    Spec(
+        "trtllm_launch_canary_total",
+        "counter",
+        ("worker_id", "peer", "result"),
+        "Correctness probes of a pair: passed, mismatch (wrong tokens) or failed (not through).",
+    ),
+    Spec(
+        "trtllm_launch_first_token_phase_seconds",
+        "histogram",
+        ("model", "phase"),
+        "Parts of a disaggregated first token: queue, prefill, transfer, first_decode.",
+        _FIRST_TOKEN_S,
+    ),
 )

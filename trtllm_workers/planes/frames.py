@@ -25,7 +25,7 @@ from trtllm_workers.errors import FrameError
 from trtllm_workers.planes.messages import Message, Tokens
 from trtllm_workers.types import TokenChunk
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 HEADER_BYTES: Final = 5
 MAX_FRAME_BYTES: Final = 32 * 1024 * 1024  # a prompt of a million tokens takes 5 MiB
 

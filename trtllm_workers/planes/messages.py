@@ -1,22 +1,46 @@
 """The messages of the request plane, as values. How they become bytes is in ``frames.py``.
 
-From the ingress: Submit, Abort. From a worker: Tokens, WorkerStats, Drain. Both ways: Ping, Pong.
+From the ingress: Submit, Abort, StatsAsk. From a worker: Tokens, WorkerStats, Drain. Both ways: Ping, Pong.
 The handshake (Hello, Proof) belongs to the mesh and never reaches its users.
+
+Between a decode and a prefill worker, for each handoff::
+
+    decode                              prefill
+      │ ── PrefillAsk ─────────────────▶ │       decode_first only
+      │ ◀──────── PrefillRefused | Offer │       prefill_first: the Offer carries the Submit
+      │ ── Fetching ───────────────────▶ │
+      │ (reads the blocks)               │
+      │ ── Fetched ────────────────────▶ │       or CancelHandoff, at any time
+      │ ◀────────────────────── Released │       says whether the blocks were pinned all along
+
+and before the first one: PairAsk, PairAnswer.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from trtllm_workers.types import Address, EngineStats, GenerateRequest, TokenChunk
+from trtllm_workers.types import (
+    Address,
+    EngineStats,
+    GenerateRequest,
+    Prefilled,
+    TokenChunk,
+    TransportCard,
+)
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
-    """Generate. Tokens go to ``reply_to`` under ``stream``, a number of the ingress's choosing."""
+    """Generate. Tokens go to ``reply_to`` under ``stream``, a number of the ingress's choosing.
+
+    ``decode`` is set when the receiver shall prefill and hand over to that worker, which then streams
+    to ``reply_to`` itself (strategy prefill_first).
+    """
 
     stream: int
     request: GenerateRequest
     reply_to: Address
+    decode: Address | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
@@ -57,15 +81,150 @@ class Drain(msgspec.Struct, frozen=True, tag="drain", array_like=True):
     reason: str
 
 
-class WorkerStats(msgspec.Struct, frozen=True, tag="stats", array_like=True):
-    """A worker's load, told to every connected ingress about once a second.
+class StatsAsk(msgspec.Struct, frozen=True, tag="stats?", array_like=True):
+    """Send WorkerStats now, and from now on."""
 
-    ``num_frames`` counts the Tokens messages sent so far: one per engine step and ingress.
+
+class PairAsk(msgspec.Struct, frozen=True, tag="pair", array_like=True):
+    """A decode worker wants to fetch blocks from the receiver. ``card`` None: engine-native."""
+
+    model_id: str
+    card: TransportCard | None
+
+
+class PairAnswer(msgspec.Struct, frozen=True, tag="paired", array_like=True):
+    """The prefill worker's side of a pair, or why there is none (an error's code and message)."""
+
+    model_id: str
+    card: TransportCard | None
+    error_code: str = ""
+    error_message: str = ""
+
+
+class PrefillAsk(msgspec.Struct, frozen=True, tag="prefill", array_like=True):
+    """Prefill this and offer the blocks. ``handoff`` is a name of the decode worker's choosing."""
+
+    handoff: str
+    request: GenerateRequest
+
+
+class PrefillRefused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
+    """There will be no offer: an error's code, message and perhaps request field."""
+
+    handoff: str
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Offer(msgspec.Struct, frozen=True, tag="offer", array_like=True):
+    """The prompt is computed; its blocks stay pinned for ``timeout_s`` seconds from now.
+
+    ``submit`` is set when no ask came before it: the decode worker learns of the request here.
+    """
+
+    handoff: str
+    prefilled: Prefilled
+    timeout_s: float
+    submit: Submit | None = None
+
+
+class Fetching(msgspec.Struct, frozen=True, tag="fetching", array_like=True):
+    """The decode worker begins to read the blocks of a handoff."""
+
+    handoff: str
+
+
+class Fetched(msgspec.Struct, frozen=True, tag="fetched", array_like=True):
+    """The decode worker has read ``num_bytes`` in ``seconds``; were the blocks pinned throughout?"""
+
+    handoff: str
+    num_bytes: int
+    seconds: float
+
+
+class Released(msgspec.Struct, frozen=True, tag="released", array_like=True):
+    """The pins are gone. Without ``valid`` they were gone too early: what was read is void."""
+
+    handoff: str
+    valid: bool
+
+
+class CancelHandoff(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
+    """The decode worker does not want the blocks (any more) and does not read them."""
+
+    handoff: str
+    reason: str
+
+
+class PairStats(msgspec.Struct, frozen=True, array_like=True):
+    """What a decode worker has seen of one prefill worker. Counters only grow.
+
+    ``state``: checking, ready, refused, mismatch or lost. ``bytes`` and ``seconds`` are of block
+    transfers, ``gb_per_s`` (10^9 bytes) is measured over recent ones.
+    """
+
+    peer: Address
+    transport: str
+    wire: str
+    state: str
+    reason: str = ""
+    num_handoffs: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    gb_per_s: float = 0.0
+    canary_passed: int = 0
+    canary_failed: int = 0
+    canary_mismatched: int = 0
+
+
+class HandoffStats(msgspec.Struct, frozen=True, array_like=True):
+    """A worker's handoffs so far. Counters only grow.
+
+    ``ended`` counts (state, cause), ``fallbacks`` counts causes of local prefill that was meant to be
+    remote, ``local`` prompts computed here because their uncached part was short. ``phases`` holds
+    what is new since the last message: seconds of (queue, prefill, transfer, first decode).
+    """
+
+    offered: int = 0
+    fetching: int = 0
+    ended: list[tuple[str, str, int]] = []
+    fallbacks: list[tuple[str, int]] = []
+    local: int = 0
+    phases: list[tuple[float, float, float, float]] = []
+    leaked_blocks: int = 0
+
+
+class WorkerStats(msgspec.Struct, frozen=True, tag="stats", array_like=True):
+    """A worker's load, told about once a second to everybody who asked for it (StatsAsk).
+
+    ``num_frames`` counts the Tokens messages sent so far: one per engine step and ingress. ``pairs``
+    are a decode worker's; they are told at once when one changes its state.
     """
 
     worker_id: str
     stats: EngineStats
     num_frames: int
+    handoffs: HandoffStats = HandoffStats()
+    pairs: list[PairStats] = []
 
 
-Message = Submit | Abort | Tokens | Ping | Pong | Drain | WorkerStats
+Message = (
+    Submit
+    | Abort
+    | Tokens
+    | Ping
+    | Pong
+    | Drain
+    | WorkerStats
+    | StatsAsk
+    | PairAsk
+    | PairAnswer
+    | PrefillAsk
+    | PrefillRefused
+    | Offer
+    | Fetching
+    | Fetched
+    | Released
+    | CancelHandoff
+)

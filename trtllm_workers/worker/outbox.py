@@ -20,25 +20,36 @@ log = structlog.get_logger(__name__)
 
 
 class StreamOut:
-    """One stream's way out; calling it is the engine's ``deliver``."""
+    """One stream's way out; calling it is the engine's ``deliver``.
 
-    __slots__ = ("_line", "_started", "request_id", "stream")
+    ``on_first`` is called with the first chunk.
+    """
+
+    __slots__ = ("_line", "_started", "on_first", "request_id", "stream")
 
     def __init__(self, line: ReplyLine, stream: int, request_id: str) -> None:
         self._line = line
         self.stream = stream
         self.request_id = request_id
+        self.on_first: Callable[[], None] | None = None
         self._started = False
 
     def __call__(self, chunk: TokenChunk) -> None:
         """Put the chunk into the frame of this step."""
         line = self._line
         line.batch.add(self.stream, chunk, first=not self._started)
-        self._started = True
+        if not self._started:
+            self._started = True
+            if self.on_first is not None:
+                self.on_first()
         if not line.flush_scheduled:
             line.schedule_flush()
         if chunk.finish_reason is not None:
             line.streams.pop(self.stream, None)
+
+    def hand_over(self) -> None:
+        """Leave the stream to another worker: nothing more is sent from here."""
+        self._line.streams.pop(self.stream, None)
 
     def fail(self, code: str, message: str, param: str | None = None) -> None:
         """End the stream with an error."""

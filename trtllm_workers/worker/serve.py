@@ -22,7 +22,12 @@ from trtllm_workers.observe.status import StatusFile
 from trtllm_workers.planes.base import Discovery, Lease
 from trtllm_workers.planes.discovery import open_discovery
 from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
+from trtllm_workers.transfer.base import KvTransport
 from trtllm_workers.types import EngineInfo, Role, WorkerRecord, WorkerState
+from trtllm_workers.worker.canary import Canary
+from trtllm_workers.worker.ledger import Ledger
+from trtllm_workers.worker.pairing import open_kv_transport, owned_by, pair_statuses, start_pairs
+from trtllm_workers.worker.prefill_desk import HandoffLimits
 from trtllm_workers.worker.service import WorkerService
 
 log = structlog.get_logger(__name__)
@@ -41,6 +46,12 @@ class WorkerSettings:
     * ``host``, ``port``: where ingresses reach the request plane (0: a free port);
       ``advertise_host`` is the name they use for it (default: the same).
     * ``drain_timeout_s``: on SIGTERM running streams get this long, then they are aborted.
+    * ``kv_transport``: how roles prefill and decode move KV: ucx, nixl, tcp, or auto (the first that
+      starts). ``max_local_prefill_length``: a decode worker computes prompts itself whose uncached
+      part has at most so many tokens. ``canary_interval_s``: how often it probes each prefill worker;
+      0: only when it connects.
+    * ``prefill_timeout_s``: how long a decode worker waits for a prefill worker's offer.
+      ``handoff_min_timeout_s`` and ``handoff_max_timeout_s`` bound the deadline of a transfer.
     * ``extra``: engine options that are not TensorRT-LLM keys, see ``EngineOptions``.
     """
 
@@ -57,6 +68,12 @@ class WorkerSettings:
     advertise_host: str | None = None
     status_file: Path | None = None
     drain_timeout_s: float = 30.0
+    kv_transport: str = "ucx"
+    max_local_prefill_length: int = 0
+    canary_interval_s: float = 60.0
+    prefill_timeout_s: float = 60.0
+    handoff_min_timeout_s: float = 5.0
+    handoff_max_timeout_s: float = 120.0
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -78,7 +95,12 @@ async def serve_worker(settings: WorkerSettings) -> None:
             extra=settings.extra,
         ),
     )
-    service = WorkerService(settings.worker_id, settings.role, engine)
+    limits = HandoffLimits(
+        min_timeout_s=settings.handoff_min_timeout_s,
+        max_timeout_s=settings.handoff_max_timeout_s,
+        prefill_timeout_s=settings.prefill_timeout_s,
+    )
+    service = WorkerService(settings.worker_id, settings.role, engine, limits=limits)
     mesh = TcpMesh(
         peer_id=settings.worker_id,
         incarnation=new_incarnation(),
@@ -90,6 +112,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
         advertise_host=settings.advertise_host,
     )
     discovery: Discovery | None = None
+    transport: KvTransport | None = None
     try:
         status.report("model", done=0.0)
         began_s = time.monotonic()
@@ -98,8 +121,20 @@ async def serve_worker(settings: WorkerSettings) -> None:
             return
         log.info("engine started", seconds=round(time.monotonic() - began_s, 2), **_summary(info))
         status.report("registering")
+        transport = await open_kv_transport(
+            settings.kv_transport,
+            settings.role,
+            engine,
+            info,
+            worker_id=settings.worker_id,
+            host=settings.advertise_host or settings.host,
+        )
+        if transport is not None:
+            info = msgspec.structs.replace(info, kv_transport=transport.name)
         await mesh.start()
-        service.attach(mesh)
+        service.attach(
+            mesh, info, transport, max_local_prefill_length=settings.max_local_prefill_length
+        )
         discovery = open_discovery(settings.discovery)
         record = WorkerRecord(
             worker_id=settings.worker_id,
@@ -108,22 +143,45 @@ async def serve_worker(settings: WorkerSettings) -> None:
             address=mesh.address,
             engine=info,
             started_at_s=time.time(),
+            max_local_prefill_length=settings.max_local_prefill_length,
         )
-        lease = await discovery.register(record)
-        status.report("registered")
-        log.info("registered", model=record.model, role=str(record.role), address=str(mesh.address))
-        died = await _serve_until(stop, engine, service)
-        status.report("draining")
-        if died is not None:
-            service.drain(str(died))
-            await _until_idle(service, FLUSH_TIMEOUT_S)
-            raise died
-        await _drain(settings, service, lease, record)
+        async with contextlib.AsyncExitStack() as stack:
+            lease = await discovery.register(record)
+            canary: Canary | None = None
+            if settings.role is Role.DECODE:
+                canary = await start_pairs(
+                    service,
+                    engine,
+                    info,
+                    mesh,
+                    discovery,
+                    transport,
+                    status,
+                    stack,
+                    worker_id=settings.worker_id,
+                    model=settings.served_model_name,
+                    canary_interval_s=settings.canary_interval_s,
+                )
+            else:
+                status.report("registered")
+            log.info(
+                "registered", model=record.model, role=str(record.role), address=str(mesh.address)
+            )
+            ledger = Ledger(engine, owned_by(service, canary), service.meters)
+            died = await _serve_until(stop, engine, service, ledger, status)
+            status.report("draining")
+            if died is not None:
+                service.drain(str(died))
+                await _until_idle(service, FLUSH_TIMEOUT_S)
+                raise died
+            await _drain(settings, service, lease, record)
     finally:
         if discovery is not None:
             await _quietly(discovery.close())
-        await _quietly(engine.close())
         await _quietly(service.close())
+        if transport is not None:
+            await _quietly(transport.close())
+        await _quietly(engine.close())
         await _quietly(mesh.close())
 
 
@@ -151,7 +209,11 @@ async def _unless_stopped(work: Awaitable[T], stop: asyncio.Event) -> T | None:
 
 
 async def _serve_until(
-    stop: asyncio.Event, engine: Engine, service: WorkerService
+    stop: asyncio.Event,
+    engine: Engine,
+    service: WorkerService,
+    ledger: Ledger,
+    status: StatusFile,
 ) -> EngineDead | None:
     """Serve; return None when stopped, or the error the engine died of."""
     died = asyncio.ensure_future(engine.died())
@@ -166,6 +228,9 @@ async def _serve_until(
             if stopped in done:
                 return None
             service.publish_stats()
+            if service.pairs is not None:
+                status.report_pairs(pair_statuses(service.pairs))
+            await ledger.check()
     finally:
         for task in (died, stopped):
             task.cancel()

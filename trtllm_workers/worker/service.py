@@ -6,79 +6,209 @@ import msgspec
 import structlog
 
 from trtllm_workers.engines.base import Engine
-from trtllm_workers.errors import LaunchError, PeerLost, Unavailable
+from trtllm_workers.errors import LaunchError, LayoutMismatch, PeerLost, Unavailable
 from trtllm_workers.planes.base import Peer, RequestPlane
-from trtllm_workers.planes.messages import Abort, Drain, Message, Submit, WorkerStats
-from trtllm_workers.types import Address, Role
-from trtllm_workers.worker.outbox import ReplyLine
-from trtllm_workers.worker.roles import ROLES
+from trtllm_workers.planes.messages import (
+    Abort,
+    CancelHandoff,
+    Drain,
+    Fetched,
+    Fetching,
+    Message,
+    Offer,
+    PairAnswer,
+    PairAsk,
+    PrefillAsk,
+    PrefillRefused,
+    Released,
+    StatsAsk,
+    Submit,
+    WorkerStats,
+)
+from trtllm_workers.transfer.base import KvTransport, check_layouts
+from trtllm_workers.types import Address, EngineInfo, Role
+from trtllm_workers.worker.decode_desk import DecodeDesk
+from trtllm_workers.worker.handoff_meters import HandoffMeters
+from trtllm_workers.worker.outbox import ReplyLine, StreamOut
+from trtllm_workers.worker.pairs import Pairs, check_models
+from trtllm_workers.worker.prefill_desk import HandoffLimits, PrefillDesk
+from trtllm_workers.worker.roles import ROLES, Desks
 
 log = structlog.get_logger(__name__)
 
 
 class WorkerService:
-    """Serves one engine to any number of ingresses.
+    """Serves one engine to any number of ingresses and partner workers.
 
     Request ids are the caller's and may collide between ingresses, so the engine sees
     ``<ingress>/<stream>/<request id>``, which cannot.
     """
 
-    def __init__(self, worker_id: str, role: Role, engine: Engine) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        role: Role,
+        engine: Engine,
+        *,
+        limits: HandoffLimits = HandoffLimits(),  # noqa: B008 - frozen
+    ) -> None:
         self._worker_id = worker_id
-        self._handle = ROLES[role]
+        self._role = role
         self._engine = engine
+        self._limits = limits
+        self.meters = HandoffMeters()
+        self.prefills = PrefillDesk(worker_id, engine, self.meters, limits)
+        self.decodes: DecodeDesk | None = None
+        self.pairs: Pairs | None = None
+        self._desks: Desks | None = None
         self._plane: RequestPlane | None = None
+        self._info: EngineInfo | None = None
+        self._transport: KvTransport | None = None
         self._lines: dict[Address, ReplyLine] = {}
+        self._watchers: dict[Address, Peer] = {}
         self._draining = ""
         self._num_frames = 0
 
-    def attach(self, plane: RequestPlane) -> None:
-        """Use this plane for answers; its ``on_message`` and ``on_lost`` are ours."""
-        self._plane = plane
+    def attach(
+        self,
+        plane: RequestPlane,
+        info: EngineInfo | None = None,
+        transport: KvTransport | None = None,
+        *,
+        max_local_prefill_length: int = 0,
+    ) -> None:
+        """Use this plane for answers; its ``on_message`` and ``on_lost`` are ours.
+
+        ``info`` and ``transport`` of the started engine are needed by the roles prefill and decode.
+        """
+        self._plane, self._info, self._transport = plane, info, transport
+        if self._role is Role.DECODE:
+            assert info is not None, "a decode worker knows its engine"
+            self.decodes = DecodeDesk(
+                self._engine,
+                info,
+                self.meters,
+                max_local_prefill_length=max_local_prefill_length,
+                prefill_timeout_s=self._limits.prefill_timeout_s,
+            )
+        self._desks = Desks(self._engine, plane, self.prefills, self.decodes)
+
+    def use_pairs(self, pairs: Pairs) -> None:
+        """Take prefill workers from here."""
+        assert self.decodes is not None, "only decode workers have pairs"
+        self.pairs = self.decodes.pairs = pairs
 
     @property
     def num_streams(self) -> int:
-        """Streams that have not ended."""
-        return sum(len(line.streams) for line in self._lines.values())
+        """Streams and handoffs that have not ended."""
+        return sum(len(line.streams) for line in self._lines.values()) + self.prefills.num_open
+
+    def owned(self) -> set[str]:
+        """Return the engine's requests that some stream or handoff here stands for."""
+        owned = {out.request_id for line in self._lines.values() for out in line.streams.values()}
+        owned.update(self.prefills.request_ids)
+        if self.decodes is not None:
+            owned.update(self.decodes.request_ids)
+        return owned
+
+    # --- messages ------------------------------------------------------------------------------
 
     def on_message(self, peer: Peer, message: Message) -> None:
-        """Take one message from an ingress."""
+        """Take one message from an ingress or a partner worker."""
         if isinstance(message, Submit):
             self._submit(message)
         elif isinstance(message, Abort):
             self._abort(message)
-        elif not isinstance(message, Drain | WorkerStats):
+        elif isinstance(message, StatsAsk):
+            self._watchers[peer.address] = peer
+            self._tell_stats(peer, self._stats(with_phases=False))
+        elif isinstance(message, Drain):
+            if self.pairs is not None:
+                self.pairs.drains(peer, message.reason)
+        elif not self._on_handoff(peer, message):
             log.warning("unexpected message", kind=type(message).__name__, peer=str(peer.address))
 
+    def _on_handoff(self, peer: Peer, message: Message) -> bool:
+        """Take a message between prefill and decode; False when it is none or not for this role."""
+        if self._role is Role.PREFILL:
+            if isinstance(message, PrefillAsk):
+                self.prefills.ask(peer, message)
+            elif isinstance(message, Fetching):
+                self.prefills.fetching(peer, message.handoff)
+            elif isinstance(message, Fetched):
+                self.prefills.fetched(peer, message)
+            elif isinstance(message, CancelHandoff):
+                self.prefills.cancel(peer, message)
+            elif isinstance(message, PairAsk):
+                peer.send(self._pair_answer(peer, message))
+            else:
+                return False
+            return True
+        desk, pairs = self.decodes, self.pairs
+        if desk is None or pairs is None:
+            return False
+        if isinstance(message, Offer):
+            if message.submit is None:
+                desk.offered(peer, message)
+            else:
+                self._take_over(peer, message, message.submit)
+        elif isinstance(message, PrefillRefused):
+            desk.refused(peer, message)
+        elif isinstance(message, Released):
+            desk.released(peer, message.handoff, valid=message.valid)
+        elif isinstance(message, PairAnswer):
+            pairs.answered(peer, message)
+        else:
+            return False
+        return True
+
     def on_lost(self, peer: Peer, error: PeerLost) -> None:
-        """Abort what a lost ingress had asked for: nobody is left to read it."""
+        """Give up what depended on a lost connection."""
+        watcher = self._watchers.get(peer.address)
+        if watcher is peer:
+            del self._watchers[peer.address]
+        self.prefills.peer_lost(peer, error)
+        if self.pairs is not None and self.decodes is not None:
+            pair = self.pairs.peer_lost(peer, error)
+            if pair is not None:
+                self.decodes.pair_lost(pair, error)
         line = self._lines.get(peer.address)
         if line is not None and self._plane is not None and self._plane.peer(peer.address) is None:
             line.lost(str(error))
 
-    def _submit(self, message: Submit) -> None:
-        line = self._lines.get(message.reply_to)
+    # --- requests ------------------------------------------------------------------------------
+
+    def _open(self, submit: Submit) -> StreamOut:
+        line = self._lines.get(submit.reply_to)
         if line is None:
             assert self._plane is not None, "attach() comes before the first message"
-            line = ReplyLine(self._plane, message.reply_to, self._abandon, self._count_frame)
-            self._lines[message.reply_to] = line
-        reply_to = message.reply_to
-        asked_id = message.request.request_id
-        request_id = f"{reply_to.peer_id}/{message.stream}/{asked_id}"
-        out = line.open(message.stream, request_id)
+            line = ReplyLine(self._plane, submit.reply_to, self._abandon, self._count_frame)
+            self._lines[submit.reply_to] = line
+        name = f"{submit.reply_to.peer_id}/{submit.stream}/{submit.request.request_id}"
+        return line.open(submit.stream, name)
+
+    def _submit(self, message: Submit) -> None:
+        out = self._open(message)
         if self._draining:
-            out.fail(
-                Unavailable.code or "", f"worker {self._worker_id} is draining: {self._draining}"
-            )
+            why = f"worker {self._worker_id} is draining: {self._draining}"
+            out.fail(Unavailable.code or "", why)
             return
-        request = msgspec.structs.replace(message.request, request_id=request_id)
+        assert self._desks is not None, "attach() comes before the first message"
+        request = msgspec.structs.replace(message.request, request_id=out.request_id)
         try:
-            self._handle(self._engine, request, out)
+            ROLES[self._role](self._desks, message, request, out)
         except LaunchError as error:
             out.fail(error.code or "engine_error", str(error), error.param)
         except Exception as error:
-            log.exception("request failed in the worker", request_id=asked_id)
+            log.exception("request failed in the worker", request_id=message.request.request_id)
             out.fail("engine_error", f"internal error in worker {self._worker_id}: {error!r}")
+
+    def _take_over(self, peer: Peer, offer: Offer, submit: Submit) -> None:
+        """Go on with a stream that a prefill worker hands over, also while draining."""
+        assert self.decodes is not None, "only decode workers take over"
+        out = self._open(submit)
+        request = msgspec.structs.replace(submit.request, request_id=out.request_id)
+        self.decodes.take_over(peer, offer, request, out)
 
     def _abort(self, message: Abort) -> None:
         line = self._lines.get(message.reply_to)
@@ -87,30 +217,74 @@ class WorkerService:
         for stream in message.streams:
             out = line.streams.get(stream)
             if out is not None:
-                self._engine.abort(out.request_id)
+                self._abort_request(out.request_id)
+
+    def _abort_request(self, request_id: str) -> None:
+        if self.prefills.abort(request_id):
+            return
+        if self.decodes is None or not self.decodes.abort(request_id):
+            self._engine.abort(request_id)
 
     def _abandon(self, line: ReplyLine) -> None:
         self._lines.pop(line.address, None)
         for out in list(line.streams.values()):
-            self._engine.abort(out.request_id)
+            self._abort_request(out.request_id)
 
     def _count_frame(self) -> None:
         self._num_frames += 1
 
+    # --- pairs ---------------------------------------------------------------------------------
+
+    def _pair_answer(self, peer: Peer, ask: PairAsk) -> PairAnswer:
+        assert self._info is not None, "a prefill worker knows its engine"
+        ours = self._transport
+        try:
+            check_models(self._info.model_id, ask.model_id, peer.address.peer_id)
+            if (ours is None) != (ask.card is None):
+                raise LayoutMismatch(
+                    f"prefill worker {self._worker_id} and {peer.address.peer_id} do not both move KV "
+                    "by a transport of ours; both roles need the same engine"
+                )
+            if ours is None or ask.card is None:
+                return PairAnswer(self._info.model_id, None)
+            card = ours.card()
+            check_layouts(card.layout, ask.card.layout, peer.address.peer_id)
+            if ask.card.transport != card.transport:
+                raise LayoutMismatch(
+                    f"prefill worker {self._worker_id} uses transport {card.transport}, "
+                    f"{peer.address.peer_id} uses {ask.card.transport}; give both the same "
+                    "--kv-transport"
+                )
+        except LaunchError as error:
+            log.error("decode worker refused", peer=str(peer.address), reason=str(error))
+            return PairAnswer(self._info.model_id, None, error.code or "", str(error))
+        return PairAnswer(self._info.model_id, card)
+
+    # --- stats, drain, end ---------------------------------------------------------------------
+
+    def _stats(self, *, with_phases: bool = True) -> WorkerStats:
+        pairs = self.pairs.stats() if self.pairs is not None else []
+        # Phases are told once: in the round that goes to everybody.
+        handoffs = self.meters.take() if with_phases else self.meters.counts()
+        return WorkerStats(self._worker_id, self._engine.stats(), self._num_frames, handoffs, pairs)
+
     def publish_stats(self) -> None:
-        """Tell every connected ingress the engine's load."""
-        if self._plane is None:
+        """Tell everybody who asked the engine's load and the handoffs."""
+        if not self._watchers:
             return
-        message = WorkerStats(self._worker_id, self._engine.stats(), self._num_frames)
-        for peer in self._plane.peers():
-            try:
-                peer.send(message)
-            except PeerLost:
-                continue  # on_lost tells the rest
+        message = self._stats()
+        for peer in list(self._watchers.values()):
+            self._tell_stats(peer, message)
+
+    def _tell_stats(self, peer: Peer, message: WorkerStats) -> None:
+        try:
+            peer.send(message)
+        except PeerLost:
+            return  # on_lost tells the rest
 
     def drain(self, reason: str) -> None:
-        """Take no new request; running ones go on. Every connected ingress is told at once."""
-        self._draining = reason
+        """Take no new request; running ones go on. Every connected process is told at once."""
+        self._draining = self.prefills.draining = reason
         for peer in self._plane.peers() if self._plane is not None else ():
             try:
                 peer.send(Drain(reason))
@@ -119,12 +293,15 @@ class WorkerService:
 
     def abort_all(self) -> None:
         """Abort every stream."""
+        self.prefills.abort_all()
         for line in list(self._lines.values()):
             for out in list(line.streams.values()):
-                self._engine.abort(out.request_id)
+                self._abort_request(out.request_id)
 
     async def close(self) -> None:
         """Send what is gathered and forget the ingresses."""
+        if self.decodes is not None:
+            await self.decodes.close()
         for line in list(self._lines.values()):
             await line.close()
         self._lines.clear()

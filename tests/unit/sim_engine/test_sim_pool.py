@@ -28,12 +28,12 @@ def chain(*tokens: int) -> list[bytes]:
 
 
 class Holding:
-    """A pretended stream: a chain it wants, how much of it is shared, and its private blocks."""
+    """A pretended stream: a chain it wants, how much of it is shared, and the blocks it holds."""
 
-    def __init__(self, hashes: list[bytes], num_shared: int, num_private: int) -> None:
+    def __init__(self, hashes: list[bytes], num_shared: int, blocks: list[int]) -> None:
         self.hashes = hashes
         self.num_shared = num_shared
-        self.num_private = num_private
+        self.blocks = blocks
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -52,26 +52,26 @@ class PoolMachine(RuleBasedStateMachine):
         matched, cached = self.pool.match(hashes, len(hashes) - 1)
         needed = len(hashes) - matched
         if needed > self.pool.num_available - cached:
-            return Holding(hashes, 0, 0)
-        self.pool.hold(hashes[:matched])
-        self.pool.take(needed)
-        holding = Holding(hashes, matched, needed)
+            return Holding(hashes, 0, [])
+        blocks = self.pool.hold(hashes[:matched]) + self.pool.take(needed)
+        holding = Holding(hashes, matched, blocks)
         self.live.append(holding)
         return holding
 
     @rule(stream=streams, count=st.integers(1, 4))
     def fill(self, stream: Holding, count: int) -> None:
-        count = min(count, stream.num_private)
+        first = stream.num_shared
+        count = min(count, len(stream.blocks) - first)
         if stream in self.live:
-            self.pool.store(stream.hashes[: stream.num_shared + count], stream.num_shared)
+            self.pool.store(stream.hashes[: first + count], first, stream.blocks)
             stream.num_shared += count
-            stream.num_private -= count
 
     @rule(stream=consumes(streams))
     def release(self, stream: Holding) -> None:
         if stream in self.live:
             self.live.remove(stream)
-            self.pool.release(stream.hashes[: stream.num_shared], stream.num_private)
+            shared = stream.num_shared
+            self.pool.release(stream.hashes[:shared], stream.blocks[shared:])
 
     @precondition(lambda self: len(self.live) > 2)
     @rule()
@@ -82,10 +82,28 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def blocks_add_up(self) -> None:
         shared = {digest for s in self.live for digest in s.hashes[: s.num_shared]}
-        private = sum(s.num_private for s in self.live)
-        assert self.pool.num_active == len(shared) + private
+        private = [block for s in self.live for block in s.blocks[s.num_shared :]]
+        assert self.pool.num_active == len(shared) + len(private)
         assert self.pool.num_free >= 0
         assert self.pool.num_free + self.pool.num_cached + self.pool.num_active == NUM_BLOCKS
+
+    @invariant()
+    def what_streams_hold_was_allocated_and_not_freed(self) -> None:
+        held = sum(len(s.blocks) for s in self.live)
+        assert self.pool.num_allocated - self.pool.num_freed == held
+
+    @invariant()
+    def a_block_id_stands_for_one_block(self) -> None:
+        by_hash = dict(self.pool._ids)
+        for stream in self.live:
+            for digest, block in zip(
+                stream.hashes, stream.blocks[: stream.num_shared], strict=False
+            ):
+                assert by_hash[digest] == block
+        private = [block for s in self.live for block in s.blocks[s.num_shared :]]
+        in_use = [*by_hash.values(), *private]
+        assert len(set(in_use)) == len(in_use) == NUM_BLOCKS - self.pool.num_free
+        assert set(in_use) <= set(range(NUM_BLOCKS))
 
     @invariant()
     def held_blocks_are_here_and_every_parent_is(self) -> None:
@@ -105,10 +123,9 @@ TestPool = PoolMachine.TestCase
 def stored(pool: BlockPool, hashes: list[bytes]) -> None:
     """Let a stream that is gone again have stored these blocks."""
     known, _ = pool.match(hashes, len(hashes))
-    pool.hold(hashes[:known])
-    pool.take(len(hashes) - known)
-    pool.store(hashes, known)
-    pool.release(hashes, 0)
+    blocks = pool.hold(hashes[:known]) + pool.take(len(hashes) - known)
+    pool.store(hashes, known, blocks)
+    pool.release(hashes, ())
 
 
 def test_eviction_takes_leaves_first_and_the_least_recently_used_first() -> None:
@@ -128,13 +145,14 @@ def test_eviction_takes_leaves_first_and_the_least_recently_used_first() -> None
 def test_a_block_two_streams_fill_is_one_block() -> None:
     pool = BlockPool(4)
     hashes = chain(1, 2)
-    pool.take(4)
-    pool.store(hashes, 0)
-    pool.store(hashes, 0)
+    first, second = pool.take(2), pool.take(2)
+    pool.store(hashes, 0, first)
+    pool.store(hashes, 0, second)
+    assert first == second
     assert (pool.num_free, pool.num_active, pool.num_cached) == (2, 2, 0)
-    pool.release(hashes, 0)
+    pool.release(hashes, ())
     assert (pool.num_active, pool.num_cached) == (2, 0)
-    pool.release(hashes, 0)
+    pool.release(hashes, ())
     assert (pool.num_active, pool.num_cached) == (0, 2)
 
 

@@ -9,7 +9,14 @@ from typing import Any
 
 from trtllm_workers.engines.torch.core import Core
 from trtllm_workers.engines.torch.loading import Loaded
-from trtllm_workers.types import GenerateRequest, SamplingParams, TokenChunk
+from trtllm_workers.engines.torch.sequence import Purpose
+from trtllm_workers.types import (
+    GenerateRequest,
+    Prefilled,
+    Reservation,
+    SamplingParams,
+    TokenChunk,
+)
 
 _IDS = itertools.count()
 
@@ -31,21 +38,46 @@ def request_of(
 
 
 class Driver:
-    """A core, and every chunk of every request given to it."""
+    """A core, and every chunk of every request given to it; prefills and reservations beside."""
 
     def __init__(self, loaded: Loaded, *, reuse: bool, chunked: bool) -> None:
         self.core: Core[str] = Core(loaded, reuse=reuse, chunked_prefill=chunked)
         self.chunks: dict[str, list[TokenChunk]] = {}
+        self.prefilled: dict[str, Prefilled] = {}
+        self.reservations: dict[str, Reservation] = {}
 
-    def add(self, prompt: Sequence[int], max_tokens: int = 12, **options: Any) -> str:
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 12,
+        *,
+        purpose: Purpose = Purpose.GENERATE,
+        **options: Any,
+    ) -> str:
         request = request_of(prompt, max_tokens, **options)
-        self.core.add(request.request_id, request)
+        self.core.add(request.request_id, request, purpose)
         self.chunks[request.request_id] = []
         return request.request_id
 
+    def prefill(self, prompt: Sequence[int], max_tokens: int = 12, **options: Any) -> str:
+        return self.add(prompt, max_tokens, purpose=Purpose.PREFILL, **options)
+
+    def reserve(self, prompt: Sequence[int], max_tokens: int = 12, **options: Any) -> str:
+        return self.add(prompt, max_tokens, purpose=Purpose.RESERVE, **options)
+
+    def resume(self, key: str, first: TokenChunk | None) -> None:
+        if first is not None:
+            self.chunks[key].append(first)
+        self.core.resume(key, first)
+
     def step(self) -> None:
-        for key, chunk in self.core.step():
-            self.chunks[key].append(chunk)
+        for key, result in self.core.step():
+            if isinstance(result, Prefilled):
+                self.prefilled[key] = result
+            elif isinstance(result, Reservation):
+                self.reservations[key] = result
+            else:
+                self.chunks[key].append(result)
 
     def finish(self) -> None:
         while not self.core.is_idle:

@@ -12,7 +12,7 @@ from tests.unit.torch_engine.driver import prompt_of, request_of
 from trtllm_workers.blocks import root_hash
 from trtllm_workers.engines.torch.pool import BlockPool
 from trtllm_workers.engines.torch.scheduler import Limits, Scheduler, Step
-from trtllm_workers.engines.torch.sequence import Sequence
+from trtllm_workers.engines.torch.sequence import Purpose, Sequence
 
 BLOCK = 4
 ROOT = root_hash("model")
@@ -27,8 +27,11 @@ class Bench:
         self.scheduler = Scheduler(Limits(block_size=BLOCK, **chosen), self.pool)
         self.num_added = 0
 
-    def add(self, prompt: list[int], max_tokens: int = 5) -> Sequence:
-        sequence = Sequence(request_of(prompt, max_tokens), self.num_added, ROOT, BLOCK)
+    def add(
+        self, prompt: list[int], max_tokens: int = 5, purpose: Purpose = Purpose.GENERATE
+    ) -> Sequence:
+        request = request_of(prompt, max_tokens)
+        sequence = Sequence(request, self.num_added, ROOT, BLOCK, purpose)
         self.num_added += 1
         self.scheduler.add(sequence)
         return sequence
@@ -47,7 +50,30 @@ class Bench:
                 sequence.append(7)
                 if sequence.num_output == sequence.request.sampling.max_tokens:
                     self.scheduler.remove(sequence)
+                elif sequence.purpose is Purpose.PREFILL:
+                    self.scheduler.pin(sequence)
         return step
+
+    def resume(self, sequence: Sequence, *, filled: bool) -> None:
+        self.scheduler.resume(sequence, filled=filled)
+        if filled:
+            sequence.append(7)
+
+    def check(self) -> None:
+        """Look at what holds after every act."""
+        scheduler, pool = self.scheduler, self.pool
+        holders = [*scheduler.running, *scheduler.pinned, *scheduler.reserved]
+        held = {block for sequence in holders for block in sequence.blocks}
+        assert len(held) == pool.num_active
+        assert pool.num_free + pool.num_cached + pool.num_active == pool.num_blocks
+        assert pool.num_allocated - pool.num_freed == sum(len(s.blocks) for s in holders)
+        assert not any(sequence.blocks for sequence in scheduler.waiting)
+        private = [
+            block
+            for sequence in holders
+            for block in sequence.blocks[sequence.num_stored if pool.reuse else 0 :]
+        ]
+        assert len(private) == len(set(private))
 
 
 def test_decodes_come_before_prefills_and_long_prompts_advance_in_pieces() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -15,11 +16,11 @@ OUTPUT = 24
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 7}
 
 
-def alone(driver: Driver, **sampling: object) -> list[list[int]]:
+def alone(driver: Driver, **sampling: Any) -> list[list[int]]:
     return [driver.ask(prompt_of(i, n), OUTPUT, **sampling) for i, n in enumerate(LENGTHS)]
 
 
-def together(driver: Driver, **sampling: object) -> list[list[int]]:
+def together(driver: Driver, **sampling: Any) -> list[list[int]]:
     """Ask all subjects at once, among mates that come, go and sample otherwise."""
     for index in range(4):
         driver.add(

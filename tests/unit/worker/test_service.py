@@ -17,7 +17,15 @@ from trtllm_workers.errors import PeerLost
 from trtllm_workers.planes.base import Peer
 from trtllm_workers.planes.frames import columns
 from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
-from trtllm_workers.planes.messages import Abort, Drain, Message, Submit, Tokens, WorkerStats
+from trtllm_workers.planes.messages import (
+    Abort,
+    Drain,
+    Message,
+    StatsAsk,
+    Submit,
+    Tokens,
+    WorkerStats,
+)
 from trtllm_workers.types import (
     Address,
     FinishReason,
@@ -224,12 +232,16 @@ async def test_a_draining_worker_refuses_and_finishes_what_runs(tmp_path: Path) 
         assert any(isinstance(message, Drain) for message in ingress.others)
 
 
-async def test_the_load_is_told_to_connected_ingresses(tmp_path: Path) -> None:
+async def test_the_load_is_told_to_those_who_asked(tmp_path: Path) -> None:
     async with worker(tmp_path) as stack, stack.ingress() as (ingress, peer):
+        stack.service.publish_stats()
+        peer.send(StatsAsk())
+        await ingress.until(lambda: ingress.others)
+        assert len(ingress.others) == 1
         ingress.submit(peer, 1, max_tokens=4)
         await ingress.until(lambda: 1 in ingress.last)
         stack.service.publish_stats()
-        await ingress.until(lambda: ingress.others)
+        await ingress.until(lambda: len(ingress.others) == 2)
         told = ingress.others[-1]
         assert isinstance(told, WorkerStats)
         assert told.worker_id == "w0"

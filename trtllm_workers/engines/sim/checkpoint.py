@@ -21,7 +21,8 @@ class Checkpoint:
     """``word_ids`` are the ids the simulator speaks: no special, no eos, no single bytes if possible.
 
     ``model_id`` is the folder's name and a hash of its config: equal on every host that serves a
-    copy of the same model.
+    copy of the same model. ``kv_shape`` is layers, KV heads and head dimension; what the config does
+    not tell is 1.
     """
 
     model_id: str
@@ -29,6 +30,7 @@ class Checkpoint:
     max_positions: int
     eos_token_ids: tuple[int, ...]
     word_ids: tuple[int, ...]
+    kv_shape: tuple[int, int, int]
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -70,6 +72,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         max_positions=_positive(path, text, "max_position_embeddings"),
         eos_token_ids=eos,
         word_ids=words,
+        kv_shape=_kv_shape(text),
     )
 
 
@@ -98,6 +101,21 @@ def _positive(path: Path, config: dict[str, Any], key: str) -> int:
             f"{path}: '{key}' must be a positive whole number, not {value!r}", param="model_path"
         )
     return value
+
+
+def _kv_shape(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Return layers, KV heads, head dimension; lenient, for they only tell models apart."""
+
+    def count(*keys: str) -> int:
+        found = [config[key] for key in keys if type(config.get(key)) is int]
+        return max(found[0], 1) if found else 1
+
+    heads = count("num_attention_heads")
+    return (
+        count("num_hidden_layers"),
+        count("num_key_value_heads", "num_attention_heads"),
+        count("head_dim") if "head_dim" in config else max(count("hidden_size") // heads, 1),
+    )
 
 
 def _ids(value: Any) -> tuple[int, ...]:

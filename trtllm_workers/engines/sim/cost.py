@@ -28,6 +28,8 @@ class CostModel:
 
     Fields carry the YAML's keys with ``_`` for the dot. ``eos_probability`` is the chance of eos at
     each position; ``die_after_steps`` makes the engine die, to rehearse it (0 = never).
+    ``kv_block_bytes`` is the size of a KV block in bytes: what a handoff moves for each block. The
+    block size of a real model makes transfers as long as its own.
     """
 
     prefill_base_ms: float = 5.0
@@ -38,6 +40,7 @@ class CostModel:
     decode_per_kv_token_ns: float = 55.0
     eos_probability: float = 0.0
     die_after_steps: int = 0
+    kv_block_bytes: int = 64
 
     def prefill_s(self, start: int, num_tokens: int) -> float:
         """Return the seconds of one prompt chunk, base aside; ``start`` tokens lie before it."""
@@ -62,20 +65,24 @@ class CostModel:
 # A day per step: beyond that a cost is a slip of units, and clocks lose precision.
 _MAX_MS = 86_400_000.0
 _SECTIONS = ("prefill", "decode")
-_KEYS: dict[str, tuple[str, type, float]] = {
-    "prefill.base_ms": ("prefill_base_ms", float, _MAX_MS),
-    "prefill.per_token_us": ("prefill_per_token_us", float, _MAX_MS),
-    "prefill.per_token_context_ns": ("prefill_per_token_context_ns", float, _MAX_MS),
-    "decode.base_ms": ("decode_base_ms", float, _MAX_MS),
-    "decode.per_sequence_us": ("decode_per_sequence_us", float, _MAX_MS),
-    "decode.per_kv_token_ns": ("decode_per_kv_token_ns", float, _MAX_MS),
-    "eos_probability": ("eos_probability", float, 1.0),
-    "die_after_steps": ("die_after_steps", int, 1e12),
+# Fewer bytes would not tell blocks from each other; more are no block of any model.
+_MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES = 16, 1 << 28
+_KEYS: dict[str, tuple[str, type, float, float]] = {
+    "prefill.base_ms": ("prefill_base_ms", float, 0, _MAX_MS),
+    "prefill.per_token_us": ("prefill_per_token_us", float, 0, _MAX_MS),
+    "prefill.per_token_context_ns": ("prefill_per_token_context_ns", float, 0, _MAX_MS),
+    "decode.base_ms": ("decode_base_ms", float, 0, _MAX_MS),
+    "decode.per_sequence_us": ("decode_per_sequence_us", float, 0, _MAX_MS),
+    "decode.per_kv_token_ns": ("decode_per_kv_token_ns", float, 0, _MAX_MS),
+    "eos_probability": ("eos_probability", float, 0, 1.0),
+    "die_after_steps": ("die_after_steps", int, 0, 1e12),
+    "kv_block_bytes": ("kv_block_bytes", int, _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES),
 }
+_NO_COST = ("kv_block_bytes",)  # left out, they keep their default
 
 
 def load_cost(path: Path) -> CostModel:
-    """Return the costs a YAML states; a key it leaves out is 0.
+    """Return the costs a YAML states; a cost it leaves out is 0.
 
     Raises ConfigError with file:line for what cannot be read, unknown keys and impossible values.
     """
@@ -91,7 +98,9 @@ def load_cost(path: Path) -> CostModel:
         raise ConfigError(f"{path}:{line}: no YAML: {error.problem}", param="cost_path") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: no YAML: {error}", param="cost_path") from error
-    values: dict[str, Any] = {field.name: 0 for field in fields(CostModel)}
+    values: dict[str, Any] = {
+        field.name: field.default if field.name in _NO_COST else 0 for field in fields(CostModel)
+    }
     if root is not None:
         _read_mapping(path, root, "", values, set())
     return CostModel(**values)
@@ -113,15 +122,15 @@ def _read_mapping(
         if key in _SECTIONS:
             _read_mapping(path, value_node, f"{key}.", values, seen)
         elif key in _KEYS:
-            name, kind, maximum = _KEYS[key]
-            values[name] = _number(path, key, value_node, kind, maximum)
+            values[_KEYS[key][0]] = _number(path, key, value_node)
         else:
             near = nearest(key, [*_KEYS, *_SECTIONS])
             hint = f"did you mean '{near}'?" if near else f"known keys: {', '.join(_KEYS)}"
             raise _wrong(path, key_node, f"unknown key '{key}'\n  {hint}")
 
 
-def _number(path: Path, key: str, node: yaml.Node, kind: type, maximum: float) -> Any:
+def _number(path: Path, key: str, node: yaml.Node) -> Any:
+    _name, kind, minimum, maximum = _KEYS[key]
     loader = yaml.SafeLoader("")
     try:
         raw = loader.construct_object(node, deep=True)
@@ -132,7 +141,7 @@ def _number(path: Path, key: str, node: yaml.Node, kind: type, maximum: float) -
         raise _wrong(path, node, f"'{key}' must be {what}, not {given}") from None
     finally:
         loader.dispose()
-    wrong = problem(value, minimum=0, maximum=maximum)
+    wrong = problem(value, minimum=minimum, maximum=maximum)
     if wrong:
         raise _wrong(path, node, f"'{key}' {wrong}")
     return value

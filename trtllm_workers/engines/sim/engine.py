@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from trtllm_workers.blocks import root_hash
-from trtllm_workers.engines.base import Deliver, EngineOptions
+from trtllm_workers.engines.base import (
+    Deliver,
+    DeliverPrefilled,
+    DeliverReservation,
+    EngineOptions,
+)
 from trtllm_workers.engines.sim.accept import CAPABILITIES, check_request
 from trtllm_workers.engines.sim.checkpoint import read_checkpoint
 from trtllm_workers.engines.sim.cost import CostModel, load_cost
+from trtllm_workers.engines.sim.handoffs import Handoffs
+from trtllm_workers.engines.sim.kv_memory import ORDER, map_pool
 from trtllm_workers.engines.sim.pool import BlockPool
 from trtllm_workers.engines.sim.scheduler import Limits, Scheduler, Step
-from trtllm_workers.engines.sim.stream import Stream
+from trtllm_workers.engines.sim.stream import Phase, Purpose, Stream
 from trtllm_workers.engines.sim.tokens import Vocabulary
-from trtllm_workers.errors import ConfigError, EngineDead
+from trtllm_workers.errors import ConfigError, EngineDead, EngineError
+from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.types import (
     EngineInfo,
     EngineStats,
     FinishReason,
     GenerateRequest,
     KvEvent,
+    KvLayout,
+    Prefilled,
+    Reservation,
+    TokenChunk,
 )
 
 # A loop that stood still for longer (a laptop that slept) begins a new schedule.
@@ -38,6 +50,7 @@ class _Started:
     limits: Limits
     vocabulary: Vocabulary
     pool: BlockPool
+    handoffs: Handoffs
     scheduler: Scheduler
     loop: asyncio.AbstractEventLoop
 
@@ -58,6 +71,7 @@ class SimEngine:
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
         self._started: _Started | None = None
+        self._memory: KvPool | None = None
         self._timer: asyncio.Handle | None = None
         self._step: Step | None = None
         self._due_s = 0.0
@@ -88,6 +102,16 @@ class SimEngine:
             chunked_prefill=config["enable_chunked_prefill"],
             reuse=config["kv_cache_config.enable_block_reuse"],
         )
+        layers, heads, head_dim = checkpoint.kv_shape
+        layout = KvLayout(
+            num_layers=layers,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            dtype="uint8",
+            order=ORDER,
+            block_bytes=cost.kv_block_bytes,
+        )
         eos = checkpoint.eos_token_ids
         info = EngineInfo(
             engine="sim",
@@ -102,8 +126,11 @@ class SimEngine:
             vocab_size=checkpoint.vocab_size,
             eos_token_ids=eos,
             capabilities=CAPABILITIES,
+            layout=layout,
         )
         pool = BlockPool(num_blocks)
+        self._memory = map_pool(layout, num_blocks)
+        handoffs = Handoffs(self._memory)
         self._started = _Started(
             info=info,
             cost=cost,
@@ -112,42 +139,84 @@ class SimEngine:
                 checkpoint.model_id, checkpoint.word_ids, eos[0] if eos else None
             ),
             pool=pool,
-            scheduler=Scheduler(pool, limits, self._deliver_failed),
+            handoffs=handoffs,
+            scheduler=Scheduler(pool, handoffs, limits, self._deliver_failed),
             loop=asyncio.get_running_loop(),
         )
         self._options.on_progress(1.0)
         return info
 
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
+        started, stream = self._accept(request, deliver, Purpose.GENERATE)
+        self._add(started, stream)
+
+    def prefill(self, request: GenerateRequest, deliver: DeliverPrefilled) -> None:
+        def tell(chunk: TokenChunk, blocks: tuple[int, ...] = ()) -> None:
+            now = clock()
+            begun = now if stream.started_s is None else stream.started_s
+            deliver(
+                Prefilled(
+                    first=chunk,
+                    block_ids=blocks,
+                    num_tokens=stream.prompt_len if blocks else 0,
+                    queue_s=begun - asked_s,
+                    compute_s=now - begun,
+                )
+            )
+
+        def pinned(first: TokenChunk | None) -> None:
+            assert first is not None  # the prompt was computed here
+            tell(first, tuple(stream.blocks))
+
+        started, stream = self._accept(request, tell, Purpose.PREFILL)
+        clock = started.loop.time
+        asked_s = clock()
+        stream.on_held = pinned
+        self._add(started, stream)
+
+    def release(self, request_id: str) -> None:
+        if self._started is not None:
+            self._started.scheduler.release(request_id)
+            self._wake(self._started)
+
+    def reserve(self, request: GenerateRequest, deliver: DeliverReservation) -> None:
+        def ended(chunk: TokenChunk) -> None:
+            deliver(Reservation(ended=chunk))
+
+        def reserved(_first: TokenChunk | None) -> None:
+            blocks = tuple(stream.blocks)
+            deliver(Reservation(block_ids=blocks, num_cached_blocks=stream.num_shared))
+
+        started, stream = self._accept(request, ended, Purpose.RESERVE)
+        stream.on_held = reserved
+        self._add(started, stream)
+
+    def resume(self, request_id: str, first: TokenChunk | None, deliver: Deliver) -> None:
         started = self._started
         if started is None or self._death or self._closed:
-            raise EngineDead(f"the sim engine {self._state()} and takes no request")
-        info, limits, scheduler = started.info, started.limits, started.scheduler
-        check_request(
-            request,
-            info,
-            chunked_prefill=limits.chunked_prefill,
-            running=scheduler.streams,
-        )
-        self._num_accepted += 1
-        stream = Stream(
-            request,
-            deliver,
-            arrival=self._num_accepted,
-            vocabulary=started.vocabulary,
-            eos_probability=started.cost.eos_probability,
-            block_size=limits.block_size,
-            root=root_hash(info.model_id, request.cache_salt) if limits.reuse else None,
-        )
-        scheduler.add(stream)
-        if self._timer is None:
-            # Not at once: requests that arrive together shall share the first step.
-            self._due_s = started.loop.time()
-            self._timer = started.loop.call_soon(self._tick, started)
+            raise EngineError(f"request {request_id}: the sim engine {self._state()}")
+        stream = started.scheduler.resume(request_id, first, deliver)
+        if first is not None:
+            # Before any token of the stream's own: those come with a later turn.
+            started.loop.call_soon(self._deliver_first, started, stream, first)
+        self._wake(started)
 
     def abort(self, request_id: str) -> None:
         if self._started is not None:
             self._started.scheduler.abort(request_id)
+            self._wake(self._started)
+
+    @property
+    def kv_pool(self) -> KvPool | None:
+        return self._memory
+
+    @property
+    def num_wrong_blocks(self) -> int:
+        """Blocks that held something else than their prompt's KV when a request was resumed."""
+        return 0 if self._started is None else self._started.handoffs.num_wrong_blocks
+
+    async def holdings(self) -> Mapping[str, int]:
+        return {} if self._started is None else self._started.scheduler.holdings()
 
     async def kv_events(self) -> AsyncIterator[KvEvent]:
         if self._started is None:
@@ -168,6 +237,50 @@ class SimEngine:
             return
         self._closed = True
         self._stop(FinishReason.ABORT)
+        # The last reference here; whoever still looks at the blocks keeps their pages.
+        self._memory = None
+
+    def _accept(
+        self, request: GenerateRequest, deliver: Deliver, purpose: Purpose
+    ) -> tuple[_Started, Stream]:
+        """Check a request and return its stream. Raises what ``submit`` raises."""
+        started = self._started
+        if started is None or self._death or self._closed:
+            raise EngineDead(f"the sim engine {self._state()} and takes no request")
+        info, limits = started.info, started.limits
+        check_request(
+            request,
+            info,
+            chunked_prefill=limits.chunked_prefill,
+            running=started.scheduler.streams,
+        )
+        self._num_accepted += 1
+        return started, Stream(
+            request,
+            deliver,
+            purpose=purpose,
+            arrival=self._num_accepted,
+            vocabulary=started.vocabulary,
+            eos_probability=started.cost.eos_probability,
+            block_size=limits.block_size,
+            root=root_hash(info.model_id, request.cache_salt),
+            reuse=limits.reuse,
+        )
+
+    def _add(self, started: _Started, stream: Stream) -> None:
+        started.scheduler.add(stream)
+        self._wake(started)
+
+    def _wake(self, started: _Started) -> None:
+        """Let an engine that stands still look for work."""
+        if self._timer is None and not (self._closed or self._death):
+            # Not at once: requests that arrive together shall share the first step.
+            self._due_s = started.loop.time()
+            self._timer = started.loop.call_soon(self._tick, started)
+
+    def _deliver_first(self, started: _Started, stream: Stream, first: TokenChunk) -> None:
+        if stream.phase is not Phase.ENDED:
+            started.scheduler.deliver(stream, first)
 
     def _tick(self, started: _Started) -> None:
         """End the step in flight and begin the next."""
@@ -191,6 +304,9 @@ class SimEngine:
             return
         duration = _duration_s(cost, self._step, scheduler)
         now = loop.time()
+        for chunk in self._step.chunks:
+            if chunk.stream.started_s is None:
+                chunk.stream.started_s = now
         self._due_s = max(self._due_s + duration, now - _MAX_LATENESS_S)
         if duration:
             due = max(self._due_s, now + duration / 2)

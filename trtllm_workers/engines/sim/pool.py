@@ -1,4 +1,4 @@
-"""The virtual KV pool: counts of blocks, and which block hashes it holds. Knows no request.
+"""The KV pool: which block ids are free, and which block hashes it holds. Knows no bytes, no request.
 
 A block is in one of four states::
 
@@ -7,9 +7,9 @@ A block is in one of four states::
       └────release────┘                     └────────release─────────┘ │
       └──────────────────────────── evicted by take ───────────────────┘
 
-Private blocks are partly filled or not reusable. Blocks have no memory, so two streams that compute
-the same block share it from the moment it is full. A stream always holds a block together with all
-blocks before it and releases the last first; so a held or cached block's parent is there too.
+Private blocks are partly filled or not reusable. Two streams that compute the same block share it
+from the moment it is full. A stream always holds a block together with all blocks before it and
+releases the last first; so a held or cached block's parent is there too.
 """
 
 from __future__ import annotations
@@ -22,17 +22,31 @@ from trtllm_workers.types import KvEventKind
 
 
 class BlockPool:
-    """``num_blocks`` virtual blocks; free + cached + active = num_blocks at all times."""
+    """Blocks 0 to ``num_blocks`` - 1; free + cached + active = num_blocks at all times.
+
+    ``num_allocated`` and ``num_freed`` count what was given to streams and came back; a block that
+    two streams share counts twice.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.num_free = num_blocks
+        self.num_allocated = 0
+        self.num_freed = 0
+        # Ids from ``_num_used`` on were never taken: a list of all ids would cost memory from the start.
+        self._num_used = 0
+        self._freed: list[int] = []
         self.events = KvEventLog(self._runs)
         self._holders: dict[bytes, int] = {}
         # Least recently used first.
         self._cached: OrderedDict[bytes, None] = OrderedDict()
         # Every shared block in the order stored, which puts parents before children.
         self._parents: dict[bytes, bytes | None] = {}
+        self._ids: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing."""
+        return self.num_blocks - self._num_used + len(self._freed)
 
     @property
     def num_cached(self) -> int:
@@ -42,7 +56,7 @@ class BlockPool:
     @property
     def num_active(self) -> int:
         """Blocks that requests hold."""
-        return self.num_blocks - self.num_free - len(self._cached)
+        return self._num_used - len(self._freed) - len(self._cached)
 
     @property
     def num_available(self) -> int:
@@ -60,17 +74,13 @@ class BlockPool:
             count += 1
         return count, cached
 
-    def hold(self, hashes: Sequence[bytes]) -> None:
-        """Keep these shared blocks from eviction until released."""
-        for digest in hashes:
-            if digest in self._holders:
-                self._holders[digest] += 1
-            else:
-                del self._cached[digest]
-                self._holders[digest] = 1
+    def hold(self, hashes: Sequence[bytes]) -> list[int]:
+        """Keep these shared blocks from eviction until released; return their ids."""
+        self.num_allocated += len(hashes)
+        return [self._hold(digest) for digest in hashes]
 
-    def take(self, count: int) -> None:
-        """Make ``count`` private blocks of free ones, evicting cached ones if needed.
+    def take(self, count: int) -> list[int]:
+        """Return ``count`` private blocks, evicting cached ones if needed.
 
         The caller has checked ``num_available``.
         """
@@ -79,19 +89,29 @@ class BlockPool:
             evicted = [self._cached.popitem(last=False)[0] for _ in range(shortage)]
             for digest in evicted:
                 del self._parents[digest]
-            self.num_free += shortage
+                self._freed.append(self._ids.pop(digest))
             self.events.publish(KvEventKind.REMOVED, tuple(evicted))
-        self.num_free -= count
+        self.num_allocated += count
+        freed = self._freed
+        taken = [freed.pop() for _ in range(min(count, len(freed)))]
+        fresh = count - len(taken)
+        taken += range(self._num_used, self._num_used + fresh)
+        self._num_used += fresh
+        return taken
 
-    def store(self, hashes: Sequence[bytes], first: int) -> None:
-        """Make shared blocks, held once, of the caller's private blocks ``hashes[first:]``."""
+    def store(self, hashes: Sequence[bytes], first: int, blocks: list[int]) -> None:
+        """Share the caller's private ``blocks[first:]``, full now, under ``hashes[first:]``.
+
+        Where somebody else has filled an equal block it takes the place of ours in ``blocks``, and
+        ours becomes free. ``blocks`` may be longer than ``hashes``.
+        """
         run: list[bytes] = []
         run_parent: bytes | None = None
         for index in range(first, len(hashes)):
             digest = hashes[index]
             if digest in self._parents:
-                self.hold((digest,))
-                self.num_free += 1  # somebody else filled the same block; ours goes back
+                self._freed.append(blocks[index])
+                blocks[index] = self._hold(digest)
                 if run:
                     self.events.publish(KvEventKind.STORED, tuple(run), run_parent)
                     run = []
@@ -102,12 +122,14 @@ class BlockPool:
             run.append(digest)
             self._holders[digest] = 1
             self._parents[digest] = parent
+            self._ids[digest] = blocks[index]
         if run:
             self.events.publish(KvEventKind.STORED, tuple(run), run_parent)
 
-    def release(self, hashes: Sequence[bytes], num_private: int) -> None:
+    def release(self, hashes: Sequence[bytes], private: Sequence[int]) -> None:
         """Let go of held shared blocks and private ones; the last block is evicted first."""
-        self.num_free += num_private
+        self.num_freed += len(hashes) + len(private)
+        self._freed.extend(reversed(private))
         for digest in reversed(hashes):
             holders = self._holders[digest] - 1
             if holders:
@@ -121,7 +143,17 @@ class BlockPool:
         for digest in reversed(self._holders):
             self._cached[digest] = None
         self._holders.clear()
-        self.num_free = self.num_blocks - len(self._cached)
+        shared = set(self._ids.values())
+        self._freed = [block for block in range(self._num_used) if block not in shared]
+        self.num_freed = self.num_allocated
+
+    def _hold(self, digest: bytes) -> int:
+        if digest in self._holders:
+            self._holders[digest] += 1
+        else:
+            del self._cached[digest]
+            self._holders[digest] = 1
+        return self._ids[digest]
 
     def _runs(self) -> Iterator[Run]:
         run: list[bytes] = []

@@ -3,7 +3,8 @@
 ``plan`` and ``finish`` alternate. Continuous batching: every decoding stream gets one token per
 step; what is left of ``max_num_tokens`` goes to prompts, the oldest first, in chunks. A stream is
 admitted when the pool can hold all its tokens so far; when a decoding stream needs a block and none
-is to be had, the youngest stream is preempted, so the oldest always gets on.
+is to be had, the youngest stream is preempted, so the oldest always gets on. Streams that only hold
+blocks for a handoff are never preempted; those that will decode here count as running.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from trtllm_workers.engines.base import Deliver
+from trtllm_workers.engines.sim.handoffs import Handoffs
 from trtllm_workers.engines.sim.pool import BlockPool
-from trtllm_workers.engines.sim.stream import Phase, Stream
+from trtllm_workers.engines.sim.stream import Phase, Purpose, Stream
 from trtllm_workers.types import EngineStats, FinishReason, TokenChunk
 
 OnDeliverError = Callable[[Stream, Exception], None]
@@ -48,10 +51,17 @@ class Step:
 
 
 class Scheduler:
-    """Streams waiting, prefilling and decoding over one pool."""
+    """Streams waiting, prefilling, decoding and holding over one pool."""
 
-    def __init__(self, pool: BlockPool, limits: Limits, on_deliver_error: OnDeliverError) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        handoffs: Handoffs,
+        limits: Limits,
+        on_deliver_error: OnDeliverError,
+    ) -> None:
         self._pool = pool
+        self._handoffs = handoffs
         self._limits = limits
         self._on_deliver_error = on_deliver_error
         self._streams: dict[str, Stream] = {}
@@ -60,9 +70,10 @@ class Scheduler:
         self._decoding: list[Stream] = []
         self._growing: list[Stream] = []  # decoding streams whose next token needs a new block
         self._aborting: list[Stream] = []
+        self._resumed: list[Stream] = []  # in their phase, but not in its list yet
         self._left = False  # a stream in those lists has left its phase
         # While others run, admission leaves a little room so that it causes no preemption at once.
-        self._reserve = pool.num_blocks // 100
+        self._margin = pool.num_blocks // 100
         self._num_steps = self._prompt_tokens = self._cached_prompt_tokens = 0
         self._output_tokens = self._preemptions = self._aborts = self._finished = 0
 
@@ -84,26 +95,65 @@ class Scheduler:
     def abort(self, request_id: str) -> None:
         """End a stream before the next delivery to it; unknown ones are ignored."""
         stream = self._streams.get(request_id)
-        if stream is not None:
+        if stream is None:
+            return
+        if stream.phase in (Phase.PINNED, Phase.RESERVED):
+            # Its caller has been told all there is to tell, and no step touches its blocks.
+            self._end(stream)
+            self._aborts += 1
+        else:
             self._aborting.append(stream)
+
+    def release(self, request_id: str) -> None:
+        """Unpin the blocks of a prefilled stream; of others nothing happens."""
+        stream = self._handoffs.pinned.get(request_id)
+        if stream is not None:
+            self._end(stream)
+            self._finished += 1
+
+    def resume(self, request_id: str, first: TokenChunk | None, deliver: Deliver) -> Stream:
+        """Let a reserved stream run from the next step on. Raises EngineError if it is not reserved."""
+        stream = self._handoffs.take_up(request_id, first)
+        stream.deliver = deliver
+        if first is None:
+            self._count_prompt(stream)
+        else:
+            self._store(stream, stream.prompt_len)  # from now on its KV is there
+            self._go_on(stream)
+        self._resumed.append(stream)
+        return stream
+
+    def holdings(self) -> dict[str, int]:
+        """Return the number of blocks each stream holds, without those that hold none."""
+        return {s.request_id: len(s.blocks) for s in self._streams.values() if s.blocks}
 
     def end_all(
         self, reason: FinishReason, code: str | None = None, why: str | None = None
     ) -> None:
         """End every stream and let go of all blocks; ``code`` and ``why`` go with ERROR."""
         streams = list(self._streams.values())
-        for lines in (self._streams, self._waiting):
-            lines.clear()
+        self._streams.clear()
+        self._waiting.clear()
+        self._resumed.clear()
+        self._handoffs.clear()
         # All at once rather than stream by stream: this must work after a failure, too.
         self._pool.release_all()
         for stream in streams:
             stream.phase = Phase.ENDED
+            stream.blocks = []
         self._left = True
         self._sweep()
         for stream in streams:
             cached = stream.cached_tokens
             chunk = TokenChunk((), reason, cached, error_code=code, error_message=why)
-            self._deliver(stream, chunk)
+            self.deliver(stream, chunk)
+
+    def deliver(self, stream: Stream, chunk: TokenChunk) -> None:
+        """Hand a chunk to a stream's consumer; one that raises must not stop the others."""
+        try:
+            stream.deliver(chunk)
+        except Exception as error:  # noqa: BLE001  # reported there
+            self._on_deliver_error(stream, error)
 
     def kv_tokens(self) -> int:
         """Return the tokens whose KV decoding streams read in a step."""
@@ -111,9 +161,9 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Return load and counters now."""
-        pool = self._pool
+        pool, handoffs = self._pool, self._handoffs
         return EngineStats(
-            num_running=len(self._streams) - len(self._waiting),
+            num_running=len(self._streams) - len(self._waiting) - len(handoffs.pinned),
             num_waiting=len(self._waiting),
             total_blocks=pool.num_blocks,
             free_blocks=pool.num_free,
@@ -126,12 +176,27 @@ class Scheduler:
             preemptions=self._preemptions,
             aborts=self._aborts,
             finished=self._finished,
+            pinned_blocks=handoffs.num_pinned_blocks,
+            reserved_blocks=handoffs.num_reserved_blocks,
+            allocated_blocks=pool.num_allocated,
+            freed_blocks=pool.num_freed,
         )
 
     def plan(self) -> Step | None:
         """Choose the next step's work and give it its blocks; None when nothing is to be done."""
-        self._drop_aborted()
-        self._grow()
+        while True:
+            self._drop_aborted()
+            self._join_resumed()
+            self._grow()
+            chunks = self._plan_chunks()
+            if chunks or self._decoding:
+                return Step(tuple(chunks), len(self._decoding))
+            # Who was told of a reservation may have asked for more at once.
+            if not self._resumed and not self._aborting:
+                return None
+
+    def _plan_chunks(self) -> list[Chunk]:
+        """Give what is left of the budget to prompts, and blocks to those whose turn it is."""
         budget = self._limits.max_num_tokens - len(self._decoding)
         chunks: list[Chunk] = []
         for stream in self._prefilling:
@@ -140,16 +205,22 @@ class Scheduler:
             count = min(stream.num_known - stream.num_computed, budget)
             chunks.append(Chunk(stream, stream.num_computed, count))
             budget -= count
-        while budget > 0 and self._waiting:
+        while self._waiting:
             stream = next(iter(self._waiting.values()))
-            if not self._admit(stream, budget):
+            if stream in self._aborting:
+                break  # by somebody's deliver; it leaves the line at the next plan
+            reserves = stream.purpose is Purpose.RESERVE and not stream.was_admitted
+            if (budget <= 0 and not reserves) or not self._admit(stream, budget, reserves):
                 break
+            if reserves:
+                self._handoffs.reserve(stream)
+                self._tell_held(stream, None)
+                continue
+            self._prefilling.append(stream)
             count = min(stream.num_known - stream.num_computed, budget)
             chunks.append(Chunk(stream, stream.num_computed, count))
             budget -= count
-        if not chunks and not self._decoding:
-            return None
-        return Step(tuple(chunks), len(self._decoding))
+        return chunks
 
     def finish(self, step: Step) -> None:
         """Take the step's work as done and deliver its tokens."""
@@ -203,50 +274,78 @@ class Scheduler:
         if index + 1 == stream.limit:
             self._finish(stream, TokenChunk(token, FinishReason.LENGTH, stream.cached_tokens))
             return
+        chunk = TokenChunk(token, None, stream.cached_tokens)
+        if stream.purpose is Purpose.PREFILL:
+            if stream in self._aborting:
+                return  # by somebody's deliver in this step; it is told at the next plan
+            self._handoffs.pin(stream)
+            self._tell_held(stream, chunk)
+            return
+        self._go_on(stream)
+        self.deliver(stream, chunk)
+
+    def _go_on(self, stream: Stream) -> None:
+        """Take the next token as known; its KV is computed by the next step, and needs room."""
+        index = stream.num_known
         stream.num_known = index + 1
         stream.set_pause(self._limits.block_size)
-        if stream.num_blocks * self._limits.block_size <= index:
+        if len(stream.blocks) * self._limits.block_size <= index:
             self._growing.append(stream)
-        self._deliver(stream, TokenChunk(token, None, stream.cached_tokens))
 
     def _store(self, stream: Stream, num_computed: int) -> None:
         """Share the blocks that are full now."""
         full = num_computed // self._limits.block_size
-        if not self._limits.reuse or full <= stream.num_shared:
+        if not stream.reuse or full <= stream.num_shared:
             return
         stream.hash_full_blocks(full, self._limits.block_size)
-        self._pool.store(stream.hashes[:full], stream.num_shared)
-        stream.num_private -= full - stream.num_shared
+        self._pool.store(stream.hashes[:full], stream.num_shared, stream.blocks)
         stream.num_shared = full
 
-    def _admit(self, stream: Stream, budget: int) -> bool:
-        """Move the first waiting stream to prefill if batch, budget and pool have room for it."""
-        num_running = len(self._prefilling) + len(self._decoding)
+    def _admit(self, stream: Stream, budget: int, reserves: bool) -> bool:
+        """Give the first waiting stream its blocks if batch, budget and pool have room for it."""
+        num_running = self._num_running
         if num_running >= self._limits.max_running:
             return False
         block_size = self._limits.block_size
         # At least the last token is computed: its logits are what prefill is for.
         matched, cached = self._pool.match(stream.hashes, (stream.num_known - 1) // block_size)
         needed = -(-stream.num_known // block_size) - matched
-        reserve = self._reserve if num_running else 0
-        if needed + reserve > self._pool.num_available - cached:
+        margin = self._margin if num_running else 0
+        if needed + margin > self._pool.num_available - cached:
             return False
         uncached = stream.num_known - matched * block_size
-        if not self._limits.chunked_prefill and not stream.was_admitted and uncached > budget:
+        must_fit = not self._limits.chunked_prefill and not stream.was_admitted and not reserves
+        if must_fit and uncached > budget:
             return False
-        self._pool.hold(stream.hashes[:matched])
-        self._pool.take(needed)
-        stream.num_shared, stream.num_private = matched, needed
+        stream.blocks = self._pool.hold(stream.hashes[:matched]) + self._pool.take(needed)
+        stream.num_shared = matched
         stream.num_computed = matched * block_size
         if not stream.was_admitted:
             stream.was_admitted = True
             stream.cached_tokens = stream.num_computed
-            self._prompt_tokens += stream.prompt_len
-            self._cached_prompt_tokens += stream.cached_tokens
+            if not reserves:
+                self._count_prompt(stream)
         del self._waiting[stream.request_id]
         stream.phase = Phase.PREFILL
-        self._prefilling.append(stream)
         return True
+
+    @property
+    def _num_running(self) -> int:
+        """Streams that decode here sooner or later and hold blocks for it."""
+        running = len(self._prefilling) + len(self._decoding) + len(self._resumed)
+        return running + len(self._handoffs.reserved)
+
+    def _count_prompt(self, stream: Stream) -> None:
+        self._prompt_tokens += stream.prompt_len
+        self._cached_prompt_tokens += stream.cached_tokens
+
+    def _join_resumed(self) -> None:
+        resumed, self._resumed = self._resumed, []
+        for stream in resumed:
+            if stream.phase is Phase.DECODE:
+                self._decoding.append(stream)
+            elif stream.phase is Phase.PREFILL:
+                self._prefilling.append(stream)
 
     def _grow(self) -> None:
         """Give each decoding stream at a block's border its next block, the oldest first."""
@@ -254,8 +353,7 @@ class Scheduler:
         for stream in sorted(growing, key=lambda grown: grown.arrival):
             while stream.phase is Phase.DECODE:
                 if self._pool.num_available:
-                    self._pool.take(1)
-                    stream.num_private += 1
+                    stream.blocks += self._pool.take(1)
                     break
                 running = self._prefilling + self._decoding
                 self._preempt(max(running, key=lambda victim: victim.arrival))
@@ -270,13 +368,15 @@ class Scheduler:
         self._preemptions += 1
 
     def _release(self, stream: Stream) -> None:
-        self._pool.release(stream.hashes[: stream.num_shared], stream.num_private)
-        stream.num_shared = stream.num_private = stream.num_computed = 0
+        shared = stream.num_shared
+        self._pool.release(stream.hashes[:shared], stream.blocks[shared:])
+        stream.blocks = []
+        stream.num_shared = stream.num_computed = 0
 
     def _finish(self, stream: Stream, chunk: TokenChunk) -> None:
         self._end(stream)
         self._finished += 1
-        self._deliver(stream, chunk)
+        self.deliver(stream, chunk)
 
     def _end(self, stream: Stream) -> None:
         """Forget a stream; the lists of running ones are swept at the step's end."""
@@ -285,17 +385,17 @@ class Scheduler:
         self._left = True
         del self._streams[stream.request_id]
         self._waiting.pop(stream.request_id, None)
+        self._handoffs.drop(stream.request_id)
 
     def _drop_aborted(self) -> None:
-        if not self._aborting:
-            return
-        aborting, self._aborting = self._aborting, []
-        for stream in aborting:
-            if stream.phase is not Phase.ENDED:
-                self._end(stream)
-                self._aborts += 1
-                chunk = TokenChunk((), FinishReason.ABORT, stream.cached_tokens)
-                self._deliver(stream, chunk)
+        while self._aborting:
+            aborting, self._aborting = self._aborting, []
+            for stream in aborting:
+                if stream.phase is not Phase.ENDED:
+                    self._end(stream)
+                    self._aborts += 1
+                    chunk = TokenChunk((), FinishReason.ABORT, stream.cached_tokens)
+                    self.deliver(stream, chunk)
         self._sweep()
 
     def _sweep(self) -> None:
@@ -305,8 +405,14 @@ class Scheduler:
             self._prefilling = [s for s in self._prefilling if s.phase is Phase.PREFILL]
             self._decoding = [s for s in self._decoding if s.phase is Phase.DECODE]
 
-    def _deliver(self, stream: Stream, chunk: TokenChunk) -> None:
+    def _tell_held(self, stream: Stream, first: TokenChunk | None) -> None:
+        """Say once that the blocks of a handoff are held; later ends are not told."""
+        stream.deliver = _tell_nobody
         try:
-            stream.deliver(chunk)
+            stream.on_held(first)
         except Exception as error:  # noqa: BLE001  # one consumer must not stop the others
             self._on_deliver_error(stream, error)
+
+
+def _tell_nobody(_chunk: TokenChunk) -> None:
+    """Drop the end of a stream that only held blocks."""

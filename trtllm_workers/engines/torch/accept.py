@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from trtllm_workers.errors import ContextTooLong, RequestError
-from trtllm_workers.types import EngineInfo, GenerateRequest, SamplingParams
+from trtllm_workers.errors import ContextTooLong, EngineError, RequestError
+from trtllm_workers.types import EngineInfo, GenerateRequest, SamplingParams, TokenChunk
 
 CAPABILITIES = SamplingParams.__struct_fields__  # every one of them
 
@@ -15,6 +15,19 @@ def check_request(request: GenerateRequest, info: EngineInfo, *, chunked_prefill
     _check_prompt(request.prompt_token_ids, info.vocab_size)
     _check_sampling(request.sampling, info.vocab_size)
     _check_length(len(request.prompt_token_ids), request.sampling.max_tokens, info, chunked_prefill)
+
+
+def check_first(request: GenerateRequest, first: TokenChunk, info: EngineInfo) -> None:
+    """Raise EngineError for a prefill's first chunk that no stream here could go on from."""
+    if first.finish_reason is not None:
+        return
+    tokens, most = first.token_ids, request.sampling.max_tokens
+    if not 0 < len(tokens) < most or not all(0 <= token < info.vocab_size for token in tokens):
+        raise EngineError(
+            f"request {request.request_id}: cannot go on after tokens {list(tokens[:8])} of a prefill; "
+            f"an unfinished one brings 1 to {most - 1} of them, ids 0 to {info.vocab_size - 1}; "
+            "do prefill and decode serve the same model?"
+        )
 
 
 def _check_prompt(tokens: list[int], vocab_size: int) -> None:

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import msgspec
 
-from trtllm_workers.engines.base import Deliver, EngineOptions
-from trtllm_workers.engines.torch.accept import check_request
+from trtllm_workers.engines.base import (
+    Deliver,
+    DeliverPrefilled,
+    DeliverReservation,
+    EngineOptions,
+)
+from trtllm_workers.engines.torch.accept import check_first, check_request
+from trtllm_workers.engines.torch.core import Result
 from trtllm_workers.engines.torch.events import KvEventLog
-from trtllm_workers.engines.torch.runner import Outcome, Runner, Started, Stream
-from trtllm_workers.errors import EngineDead, LaunchError, RequestError
+from trtllm_workers.engines.torch.orders import Abort, Add, Release, Resume
+from trtllm_workers.engines.torch.runner import Outcome, Runner, Started
+from trtllm_workers.engines.torch.sequence import Purpose
+from trtllm_workers.engines.torch.streams import HELD, Phase, Stream, reason_of
+from trtllm_workers.errors import EngineDead, EngineError, LaunchError, RequestError
 from trtllm_workers.observe.logs import get_logger
+from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.types import (
     EngineInfo,
     EngineStats,
     FinishReason,
     GenerateRequest,
     KvEvent,
+    Prefilled,
     TokenChunk,
 )
 
@@ -47,6 +58,9 @@ class TorchEngine:
         self._streams: dict[str, Stream] = {}
         self._events = KvEventLog()
         self._stats = EngineStats()
+        self._kv_pool: KvPool | None = None
+        self._questions: set[asyncio.Future[Mapping[str, int]]] = set()
+        self._num_streams = 0
         self._num_submitted = 0
         self._num_taken = 0
         self._late_aborts = 0
@@ -69,30 +83,64 @@ class TorchEngine:
         result = await started
         if isinstance(result, LaunchError):
             raise result
-        self._info = result
-        return result
+        self._info = result.info
+        self._kv_pool = result.kv_pool
+        return result.info
 
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
-        if self._death is not None:
-            raise EngineDead(str(self._death))
-        if self._closed or self._info is None or self._runner is None:
-            state = "is closed" if self._closed else "has not started"
-            raise EngineDead(f"request {request.request_id}: the torch engine {state}")
-        check_request(request, self._info, chunked_prefill=self._chunked_prefill)
-        if request.request_id in self._streams:
-            raise RequestError(
-                f"request_id '{request.request_id}' is running already; ids must be unique",
-                param="request_id",
+        self._accept(request, deliver, Purpose.GENERATE)
+
+    def prefill(self, request: GenerateRequest, deliver: DeliverPrefilled) -> None:
+        self._accept(request, deliver, Purpose.PREFILL)
+
+    def reserve(self, request: GenerateRequest, deliver: DeliverReservation) -> None:
+        self._accept(request, deliver, Purpose.RESERVE)
+
+    def release(self, request_id: str) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None and stream.phase is Phase.PINNED and self._runner is not None:
+            del self._streams[request_id]
+            self._runner.order(Release(stream))
+
+    def resume(self, request_id: str, first: TokenChunk | None, deliver: Deliver) -> None:
+        runner, info, loop = self._alive(request_id)
+        stream = self._streams.get(request_id)
+        if stream is None or stream.phase is not Phase.RESERVED:
+            raise EngineError(
+                f"request {request_id}: holds no reservation here (any more); reserve it again"
             )
-        stream = self._streams[request.request_id] = Stream(request, deliver)
-        self._num_submitted += 1
-        self._runner.submit(stream)
+        if first is not None:
+            check_first(stream.request, first, info)
+        stream.deliver = deliver
+        stream.phase = Phase.STREAMING
+        runner.order(Resume(stream, first))
+        if first is not None:
+            # Not through the thread: the first token need not wait for the step at hand.
+            loop.call_soon(self._deliver, stream, first)
 
     def abort(self, request_id: str) -> None:
         stream = self._streams.get(request_id)
-        if stream is not None and self._runner is not None and not stream.aborted:
-            stream.aborted = True
-            self._runner.abort(stream)
+        if stream is None or self._runner is None or stream.aborted:
+            return
+        stream.aborted = True
+        if stream.phase in HELD:
+            del self._streams[request_id]
+        self._runner.order(Abort(stream))
+
+    @property
+    def kv_pool(self) -> KvPool | None:
+        return self._kv_pool
+
+    async def holdings(self) -> Mapping[str, int]:
+        if self._loop is None or self._runner is None or self._closed or self._death is not None:
+            return {}
+        answer: asyncio.Future[Mapping[str, int]] = self._loop.create_future()
+        self._questions.add(answer)
+        try:
+            self._runner.ask_holdings(lambda held: self._call(_settle, answer, held))
+            return await answer
+        finally:
+            self._questions.discard(answer)
 
     def kv_events(self) -> AsyncIterator[KvEvent]:
         return self._events.follow()
@@ -128,10 +176,36 @@ class TorchEngine:
             ) from None
         runner.join()
         self._runner = None
-        self._num_submitted = self._num_taken
-        for stream in list(self._streams.values()):  # submitted while the thread was ending
-            self._deliver(stream, TokenChunk((), finish_reason=FinishReason.ABORT))
+        self._kv_pool = None
+        self._end_open(TokenChunk((), finish_reason=FinishReason.ABORT))
         self._events.close()
+
+    # --- on the loop ---------------------------------------------------------------------------
+
+    def _alive(self, request_id: str) -> tuple[Runner, EngineInfo, asyncio.AbstractEventLoop]:
+        """Return what a serving engine has. Raises EngineDead for one that does not serve."""
+        if self._death is not None:
+            raise EngineDead(str(self._death))
+        if self._closed or self._info is None or self._runner is None or self._loop is None:
+            state = "is closed" if self._closed else "has not started"
+            raise EngineDead(f"request {request_id}: the torch engine {state}")
+        return self._runner, self._info, self._loop
+
+    def _accept(
+        self, request: GenerateRequest, deliver: Callable[[Any], None], purpose: Purpose
+    ) -> None:
+        runner, info, _loop = self._alive(request.request_id)
+        check_request(request, info, chunked_prefill=self._chunked_prefill)
+        if request.request_id in self._streams:
+            raise RequestError(
+                f"request_id '{request.request_id}' is running already; ids must be unique",
+                param="request_id",
+            )
+        self._num_streams += 1
+        stream = Stream(request, deliver, purpose, self._num_streams)
+        self._streams[request.request_id] = stream
+        self._num_submitted += 1
+        runner.order(Add(stream, request, purpose, stream.arrived_s))
 
     # --- from the engine thread ----------------------------------------------------------------
 
@@ -154,23 +228,28 @@ class TorchEngine:
         self._events.apply(outcome.changes)
         if outcome.death is not None:
             self._death = outcome.death
-        for stream, chunk in outcome.chunks:
-            self._deliver(stream, chunk)
+        for stream, result in outcome.results:
+            self._deliver(stream, result)
         if outcome.death is not None:
             self._bury(outcome.death)
 
-    def _deliver(self, stream: Stream, chunk: TokenChunk) -> None:
-        if chunk.finish_reason is not None:
+    def _deliver(self, stream: Stream, result: Result) -> None:
+        if self._streams.get(stream.request.request_id) is not stream:
+            return  # held until it was released or aborted; nobody waits for word of it
+        reason = reason_of(result)
+        if reason is not None:
             del self._streams[stream.request.request_id]
-        if stream.aborted and chunk.finish_reason is not FinishReason.ERROR:
+        if stream.aborted and reason is not FinishReason.ERROR:
             # The thread runs ahead of a loop that is late: its backlog is not for this stream.
-            if chunk.finish_reason is None:
+            if reason is None:
                 return
-            if chunk.finish_reason is not FinishReason.ABORT:
+            if reason is not FinishReason.ABORT:
                 self._late_aborts += 1  # it had ended by itself, unseen
-            chunk = TokenChunk((), FinishReason.ABORT, chunk.cached_tokens)
+            chunk = result.first if isinstance(result, Prefilled) else result
+            cached_tokens = chunk.cached_tokens if isinstance(chunk, TokenChunk) else 0
+            result = TokenChunk((), FinishReason.ABORT, cached_tokens)
         try:
-            stream.deliver(chunk)
+            stream.tell(result)
         except Exception as error:  # noqa: BLE001 - a consumer's fault; the others get theirs
             assert self._loop is not None  # set before the first step
             self._loop.call_exception_handler(
@@ -183,18 +262,23 @@ class TorchEngine:
 
     def _bury(self, death: EngineDead) -> None:
         """End streams the thread had not taken yet and wake those who wait for the death."""
+        self._end_open(
+            TokenChunk(
+                (),
+                finish_reason=FinishReason.ERROR,
+                error_code=EngineDead.code,
+                error_message=str(death),
+            )
+        )
+        self._has_died.set()
+
+    def _end_open(self, last: TokenChunk) -> None:
+        """End what came while the thread was ending, and questions it did not answer."""
         self._num_submitted = self._num_taken
         for stream in list(self._streams.values()):
-            self._deliver(
-                stream,
-                TokenChunk(
-                    (),
-                    finish_reason=FinishReason.ERROR,
-                    error_code=EngineDead.code,
-                    error_message=str(death),
-                ),
-            )
-        self._has_died.set()
+            self._deliver(stream, last)
+        for answer in self._questions:
+            _settle(answer, {})
 
 
 def _settle(future: asyncio.Future[Any], result: object) -> None:

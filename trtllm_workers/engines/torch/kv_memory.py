@@ -13,6 +13,7 @@ import mmap
 
 import torch
 
+from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.types import KvLayout
 
 ORDER = "layer,kv,head,token,dim"
@@ -52,12 +53,27 @@ class KvMemory:
             order=ORDER,
             block_bytes=values * dtype.itemsize,
         )
-        self.bytes = _zeros((num_blocks + 1) * self.layout.block_bytes, device)
+        num_bytes = (num_blocks + 1) * self.layout.block_bytes
+        self._pages = _pages(num_bytes) if device.type == "cpu" else None
+        if self._pages is None:
+            self.bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        else:
+            self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8)
         self._by_block = self.bytes.view(num_blocks + 1, self.layout.block_bytes)
         flat = self.bytes.view(dtype)
         # One row per (block, layer, K or V, head) and, finer, per token of it.
         self.head_rows = flat.view(-1, block_size * head_dim)
         self.token_rows = flat.view(-1, head_dim)
+
+    def kv_pool(self) -> KvPool | None:
+        """Return the blocks as transports see them, without the block of zeros.
+
+        None on CUDA: transports move host memory only, and device memory is not exported.
+        """
+        if self._pages is None:
+            return None
+        size = self.num_blocks * self.layout.block_bytes
+        return KvPool(self.layout, self.num_blocks, memoryview(self._pages)[:size])
 
     def export_block(self, block_id: int) -> memoryview:
         """Return the bytes of one block: a view of the pool on the CPU, a copy on CUDA.
@@ -83,12 +99,10 @@ class KvMemory:
             raise IndexError(f"block {block_id} is outside the pool of {self.num_blocks}")
 
 
-def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+def _pages(num_bytes: int) -> mmap.mmap:
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Fewer page faults and TLB misses when gathering; refused where the kernel has none.
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return pages

@@ -46,6 +46,9 @@ class BlockPool:
         self._by_hash: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._changes: list[Change] = []
+        # Holds given and taken back so far; a block held twice counts twice.
+        self.num_allocated = 0
+        self.num_freed = 0
 
     @property
     def num_free(self) -> int:
@@ -87,6 +90,7 @@ class BlockPool:
             if self._holders[block] == 0:
                 del self._cached[block]
             self._holders[block] += 1
+        self.num_allocated += len(blocks)
 
     def allocate(self, count: int) -> list[int]:
         """Return ``count`` private blocks, evicting cached ones if needed.
@@ -103,6 +107,7 @@ class BlockPool:
         blocks = [self._free.pop() for _ in range(count)]
         for block in blocks:
             self._holders[block] = 1
+        self.num_allocated += count
         return blocks
 
     def store(self, blocks: list[int], hashes: Sequence[bytes], first: int) -> None:
@@ -136,6 +141,7 @@ class BlockPool:
             if holders < 1:
                 raise RuntimeError(f"block {block} released more often than held")
             self._holders[block] = holders - 1
+            self.num_freed += 1
             if holders > 1:
                 continue
             if self._hash_of[block] is None:

@@ -7,49 +7,55 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from trtllm_workers.engines.base import Deliver, EngineOptions
-from trtllm_workers.engines.torch.core import Core
+from trtllm_workers.engines.base import EngineOptions
+from trtllm_workers.engines.torch.core import Core, Result
 from trtllm_workers.engines.torch.loading import load
+from trtllm_workers.engines.torch.orders import Add, Order, carry_out
 from trtllm_workers.engines.torch.pool import Change
+from trtllm_workers.engines.torch.streams import Stream
 from trtllm_workers.engines.torch.threads import ThreadGovernor
 from trtllm_workers.errors import ConfigError, EngineDead, LaunchError, StartError
 from trtllm_workers.observe.logs import get_logger
-from trtllm_workers.types import EngineInfo, EngineStats, FinishReason, GenerateRequest, TokenChunk
+from trtllm_workers.transfer.base import KvPool
+from trtllm_workers.types import EngineInfo, EngineStats, FinishReason, Reservation, TokenChunk
 
 log = get_logger(__name__)
 
-
-class Stream:
-    """One accepted request on the loop's side. Compared by identity: ids may come again.
-
-    ``aborted``: what the engine thread had posted before it heard of the abort is dropped.
-    """
-
-    __slots__ = ("aborted", "deliver", "request")
-
-    def __init__(self, request: GenerateRequest, deliver: Deliver) -> None:
-        self.request = request
-        self.deliver = deliver
-        self.aborted = False
+Results = list[tuple[Stream, Result]]
 
 
 @dataclass(slots=True)
 class Outcome:
     """What the loop is told after a step. ``num_taken`` counts streams taken off the queue so far."""
 
-    chunks: list[tuple[Stream, TokenChunk]] = field(default_factory=list)
+    results: Results = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     stats: EngineStats = field(default_factory=EngineStats)
     num_taken: int = 0
     death: EngineDead | None = None
 
 
-Started = EngineInfo | LaunchError
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A loaded engine; ``kv_pool`` is None where its blocks are not in host memory."""
+
+    info: EngineInfo
+    kv_pool: KvPool | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """A question to the thread; answered between steps, and not at all once it has ended."""
+
+    answer: Callable[[Mapping[str, int]], None]
+
+
+Started = Ready | LaunchError
 
 # How soon a thread that waits for a stalled loop notices that it should end.
 _LOOK_AROUND_S = 0.2
@@ -78,20 +84,21 @@ class Runner:
         self._started = started
         self._post = post
         self._ended = ended
-        self._orders: queue.SimpleQueue[tuple[Stream, bool] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Order[Stream] | _Ask | None] = queue.SimpleQueue()
+        self._asked: list[_Ask] = []
         self._stopping = threading.Event()
         self._num_taken = 0
         self._room = threading.Semaphore(1)
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, stream: Stream) -> None:
-        """Queue a request."""
-        self._orders.put((stream, True))
+    def order(self, order: Order[Stream]) -> None:
+        """Queue an order; it takes effect between two steps."""
+        self._orders.put(order)
 
-    def abort(self, stream: Stream) -> None:
-        """Queue an abort."""
-        self._orders.put((stream, False))
+    def ask_holdings(self, answer: Callable[[Mapping[str, int]], None]) -> None:
+        """Have ``answer`` called in the thread with ``Core.holdings``; never, if the thread ends."""
+        self._orders.put(_Ask(answer))
 
     def applied(self) -> None:
         """Say that the loop has dealt with one ``post``.
@@ -141,7 +148,7 @@ class Runner:
             reuse=config["kv_cache_config.enable_block_reuse"],
         )
         self._tell(core, [])
-        self._started(loaded.info)
+        self._started(Ready(loaded.info, loaded.memory.kv_pool()))
         return core
 
     def _progress(self, share: float) -> None:
@@ -155,48 +162,57 @@ class Runner:
         governor = ThreadGovernor(num_threads, torch.set_num_threads)
         try:
             while not self._stopping.is_set():
-                chunks = self._take_orders(core)
+                results = self._take_orders(core)
                 if not core.is_idle and not self._stopping.is_set():
+                    results += core.plan()
+                if core.has_step:
+                    if any(isinstance(result, Reservation) for _stream, result in results):
+                        # Whoever reserved starts a transfer now, while this step computes.
+                        self._tell(core, results)
+                        results = []
                     governor.before_step()
-                    chunks += core.step()
+                    results += core.finish(core.compute())
                     governor.after_step()
-                self._tell(core, chunks)
-            self._tell(core, core.abort_all())
+                self._tell(core, results)
+                while self._asked:  # after the step's stats, so that the two agree
+                    self._asked.pop().answer(core.holdings())
+            self._tell(core, [*core.abort_all()])
         except Exception as error:  # the thread's border: the engine dies of it
             log.error("the engine died", exc_info=True)
             death = EngineDead(f"the torch engine cannot go on: a step failed with {error!r}")
             self._tell(core, [(s, _dead(c, death)) for s, c in core.abort_all()], death)
 
-    def _take_orders(self, core: Core[Stream]) -> list[tuple[Stream, TokenChunk]]:
+    def _take_orders(self, core: Core[Stream]) -> Results:
         """Take all orders there are; wait for one when there is nothing else to do."""
-        ended: list[tuple[Stream, TokenChunk]] = []
+        ended: Results = []
+        took_any = False
         while not self._stopping.is_set():
             try:
-                order = self._orders.get(block=core.is_idle and not ended)
+                order = self._orders.get(block=core.is_idle and not took_any)
             except queue.Empty:
                 break
             if order is None:
                 break
-            stream, wanted = order
-            if wanted:
-                self._num_taken += 1
-                core.add(stream, stream.request)
-            else:
-                chunk = core.abort(stream)
-                if chunk is not None:
-                    ended.append((stream, chunk))
+            took_any = True
+            if isinstance(order, _Ask):
+                self._asked.append(order)
+                continue
+            self._num_taken += isinstance(order, Add)
+            chunk = carry_out(core, order)
+            if chunk is not None:
+                ended.append((order.key, chunk))
         return ended
 
     def _tell(
         self,
         core: Core[Stream],
-        chunks: list[tuple[Stream, TokenChunk]],
+        results: Results,
         death: EngineDead | None = None,
     ) -> None:
         while not self._room.acquire(timeout=_LOOK_AROUND_S):
             if self._stopping.is_set():
                 break
-        self._post(Outcome(chunks, core.pool.take_changes(), core.stats(), self._num_taken, death))
+        self._post(Outcome(results, core.pool.take_changes(), core.stats(), self._num_taken, death))
 
 
 def _dead(chunk: TokenChunk, death: EngineDead) -> TokenChunk:

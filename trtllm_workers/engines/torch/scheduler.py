@@ -14,6 +14,14 @@ A waiting sequence whose next missing block is just being computed by an older r
 back for it and then shares it (n answers to one prompt cost one prefill). That cannot deadlock: it
 waits only for running, older sequences, the oldest running prefill advances in every step, and a
 preempted or aborted one is no longer waited for.
+
+Handoffs stand beside running. A prefilled sequence is *pinned*: it keeps its blocks until released.
+A sequence that only wants blocks waits its turn like all others and is *reserved* then: it will run,
+so it counts towards ``max_running``. Neither is computed, preempted or waited for as one that fills
+blocks; when nothing else can run, only an order from outside changes that::
+
+    waiting ──▶ running ──▶ ended            running ──pin──▶ pinned ──▶ ended
+        └─────▶ reserved ──resume──▶ running
 """
 
 from __future__ import annotations
@@ -22,7 +30,7 @@ import bisect
 from dataclasses import dataclass, field
 
 from trtllm_workers.engines.torch.pool import BlockPool
-from trtllm_workers.engines.torch.sequence import Sequence
+from trtllm_workers.engines.torch.sequence import Purpose, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +46,29 @@ class Limits:
 
 @dataclass(slots=True)
 class Step:
-    """What to compute: (sequence, number of tokens) from its ``num_computed`` on."""
+    """What to compute: (sequence, number of tokens) from its ``num_computed`` on.
+
+    ``reserved`` got their blocks now; there is nothing to compute for them.
+    """
 
     decodes: list[Sequence] = field(default_factory=list)
     prefills: list[tuple[Sequence, int]] = field(default_factory=list)
+    reserved: list[Sequence] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)
 
 
 class Scheduler:
-    """Owns the waiting and running sequences and their blocks."""
+    """Owns the sequences and their blocks: waiting, running, pinned, reserved."""
 
     def __init__(self, limits: Limits, pool: BlockPool) -> None:
         self.limits = limits
         self.pool = pool
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival
+        self.pinned: list[Sequence] = []
+        self.reserved: list[Sequence] = []
         self.num_preemptions = 0
         self.cached_prompt_tokens = 0
         self.prompt_tokens = 0
@@ -65,14 +79,33 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or aborted sequence and let go of its blocks."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        for place in (self.running, self.waiting, self.pinned, self.reserved):
+            if sequence in place:
+                place.remove(sequence)
+                break
         self._release(sequence)
 
+    def pin(self, sequence: Sequence) -> None:
+        """Take a running sequence out of the batch; it keeps its blocks until removed."""
+        self.running.remove(sequence)
+        self.pinned.append(sequence)
+
+    def resume(self, sequence: Sequence, *, filled: bool) -> None:
+        """Run a reserved sequence; with ``filled`` the KV of its whole prompt is in its blocks.
+
+        Only now are blocks that came from elsewhere shared: before, their KV was not there.
+        """
+        self.reserved.remove(sequence)
+        sequence.purpose = Purpose.GENERATE
+        if filled:
+            self._advance(sequence, sequence.num_prompt - sequence.num_computed)
+        bisect.insort(self.running, sequence, key=lambda running: running.arrival)
+
     def plan(self) -> Step:
-        """Return the next step, having taken the blocks it writes to; empty when nothing is left."""
+        """Return the next step, having taken the blocks it writes to.
+
+        Empty when nothing is left, or all that waits lacks what pinned and reserved ones hold.
+        """
         step = Step()
         for sequence in [s for s in self.running if s.num_remaining == 1]:
             preempted = not sequence.blocks  # by an older one, a moment ago
@@ -137,7 +170,10 @@ class Scheduler:
     def _admit(self, step: Step, budget: int) -> None:
         under_way: dict[bytes, int] | None = None
         for sequence in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.limits.max_running:
+            if len(self.running) + len(self.reserved) >= self.limits.max_running:
+                return
+            only_blocks = sequence.purpose is Purpose.RESERVE
+            if budget <= 0 and not only_blocks:
                 return
             if under_way is None:
                 under_way = self._under_way()
@@ -149,6 +185,11 @@ class Scheduler:
             if not self._fits(sequence, cached, remaining, budget):
                 return  # first come, first served: nobody behind overtakes
             self._start(sequence, cached)
+            if only_blocks:
+                self.reserved.append(sequence)
+                step.reserved.append(sequence)
+                continue
+            bisect.insort(self.running, sequence, key=lambda running: running.arrival)
             count = min(remaining, budget)
             step.prefills.append((sequence, count))
             budget -= count
@@ -162,14 +203,16 @@ class Scheduler:
         return self.pool.match(sequence.hashes[:limit])
 
     def _fits(self, sequence: Sequence, cached: list[int], remaining: int, budget: int) -> bool:
+        computed = sequence.purpose is not Purpose.RESERVE
         whole = not self.limits.chunked_prefill and not sequence.num_output
-        if whole and remaining > budget:
+        if computed and whole and remaining > budget:
             # It will get a step that takes it whole: nobody overtakes it, so those before it end.
             return False
         needed = -(-len(sequence.tokens) // self.limits.block_size) - len(cached)
         room = self.pool.num_available - self.pool.num_cached_of(cached)
-        # One block beside for each running sequence, or what is admitted now is preempted soon.
-        return needed + len(self.running) <= room
+        # One block beside for each sequence that will grow, or what is admitted now is preempted soon.
+        growing = sum(other.purpose is not Purpose.PREFILL for other in self.running)
+        return needed + growing + len(self.reserved) <= room
 
     def _start(self, sequence: Sequence, cached: list[int]) -> None:
         self.pool.hold(cached)
@@ -182,7 +225,6 @@ class Scheduler:
             self.prompt_tokens += sequence.num_prompt
             self.cached_prompt_tokens += sequence.num_computed
         self.waiting.remove(sequence)
-        bisect.insort(self.running, sequence, key=lambda running: running.arrival)
 
     def _under_way(self) -> dict[bytes, int]:
         """Return the hashes of blocks that running sequences are about to fill, by arrival."""

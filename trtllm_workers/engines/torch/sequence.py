@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from enum import Enum, auto
 
 from trtllm_workers.blocks import block_hash, block_hashes
 from trtllm_workers.types import GenerateRequest
 
 _SEED_BITS = 63
+
+
+class Purpose(Enum):
+    """What a sequence is for; a reserved one that is resumed becomes GENERATE."""
+
+    GENERATE = auto()
+    PREFILL = auto()  # ends with its first token, blocks pinned
+    RESERVE = auto()  # takes its blocks, and computes nothing until it is resumed
 
 
 class Sequence:
@@ -29,6 +38,7 @@ class Sequence:
         "num_stored",
         "output_counts",
         "prompt_ids",
+        "purpose",
         "request",
         "root",
         "seed",
@@ -36,11 +46,17 @@ class Sequence:
     )
 
     def __init__(
-        self, request: GenerateRequest, arrival: int, root: bytes, block_size: int
+        self,
+        request: GenerateRequest,
+        arrival: int,
+        root: bytes,
+        block_size: int,
+        purpose: Purpose = Purpose.GENERATE,
     ) -> None:
         sampling = request.sampling
         self.request = request
         self.arrival = arrival
+        self.purpose = purpose
         self.root = root
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
@@ -49,7 +65,8 @@ class Sequence:
         self.num_computed = 0
         self.num_stored = 0
         self.cached_tokens: int | None = None  # unknown until first scheduled
-        # A drawn seed stays with the request, so that preemption changes nothing.
+        # A drawn seed stays with the request, so that preemption changes nothing. It does not travel
+        # with a handoff: without a seed of its own a request draws one on either side.
         self.seed = random.getrandbits(_SEED_BITS) if sampling.seed is None else sampling.seed
         self.prompt_ids = sorted(set(self.tokens)) if sampling.repetition_penalty != 1.0 else []
         self.output_counts: Counter[int] | None = (

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Disaggregated serving on one host: one ingress, a prefill worker, and a decode worker that takes its KV.
+#
+#   launch/disagg.sh                                             # the demo model, no GPU needed
+#   MODEL_PATH=~/Qwen3-0.6B KV_TRANSPORT=nixl launch/disagg.sh   # a model of yours, moved by NIXL
+#   launch/disagg.sh --dry-run                                   # print every command, start nothing
+#
+# The command reads MODEL_PATH DISAGGREGATION_STRATEGY PREFILL_ENGINE_ARGS DECODE_ENGINE_ARGS
+# PREFILL_CUDA_VISIBLE_DEVICES DECODE_CUDA_VISIBLE_DEVICES and others by itself; launch/disagg.sh --help
+# lists them all. TRTLLM_LAUNCH_VENV names another environment.
+set -euo pipefail
+
+root="$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)"
+
+if [[ -n "${TRTLLM_LAUNCH_VENV:-}" ]]; then
+  cli="$TRTLLM_LAUNCH_VENV/bin/trtllm-launch"
+elif [[ -x "$root/.venv/bin/trtllm-launch" ]]; then
+  cli="$root/.venv/bin/trtllm-launch"
+else
+  cli="$(type -P trtllm-launch || true)"
+fi
+if [[ ! -x "$cli" ]]; then
+  echo "launch/disagg.sh: no trtllm-launch${cli:+ at $cli}; run 'make setup' in $root first" >&2
+  exit 2
+fi
+exec "$cli" up --disaggregated "$@"

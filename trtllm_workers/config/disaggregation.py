@@ -1,0 +1,100 @@
+"""What a disaggregated run asks of settings and of the engine configs of its two roles. No I/O."""
+
+from __future__ import annotations
+
+from trtllm_workers.config.disaggregation_options import DISAGGREGATION_OPTIONS
+from trtllm_workers.config.engine_config import shown_value
+from trtllm_workers.config.keys import EngineConfig
+from trtllm_workers.config.layers import Layers, file_problem
+from trtllm_workers.config.shipped import shipped_engine_config
+from trtllm_workers.config.values import shown
+from trtllm_workers.errors import ConfigError
+
+_SHIPPED = {"prefill_engine_config": "prefill.yaml", "decode_engine_config": "decode.yaml"}
+_DEVICES = ("prefill_cuda_visible_devices", "decode_cuda_visible_devices")
+# Only aggregated workers have these.
+_AGGREGATED = {
+    "engine_config": "the run is disaggregated; its roles have --prefill-engine-config and "
+    "--decode-engine-config",
+    "num_workers": "the run is disaggregated; its roles have --num-prefill-workers and "
+    "--num-decode-workers",
+}
+# A block is copied byte for byte, so what decides its bytes must be one and the same.
+_SAME = ("kv_cache_config.tokens_per_block", "kv_cache_config.dtype", "dtype")
+
+
+def settle_disaggregation(layers: Layers, *, of_one_part: bool) -> None:
+    """Fill in and check the options of a disaggregated run; warn of those without effect.
+
+    ``of_one_part``: the process is a part of a run that somebody else describes.
+    """
+    values = layers.values
+    for name, file in _SHIPPED.items():
+        layers.default(name, shipped_engine_config(file))
+    if not values["disaggregated"] and not of_one_part:
+        for option in DISAGGREGATION_OPTIONS:
+            if option.name != "disaggregated" and layers.given(option.name):
+                layers.warnings.append(
+                    f"{layers.sources[option.name]} has no effect without --disaggregated"
+                )
+        return
+    if values["disaggregated"]:
+        for name, why in _AGGREGATED.items():
+            if layers.given(name):
+                layers.warnings.append(f"{layers.sources[name]} has no effect: {why}")
+        for name in _SHIPPED:
+            if wrong := file_problem(values[name]):
+                layers.fail(name, wrong)
+    for name in _DEVICES:
+        if values[name] is not None:
+            _settle_devices(layers, name)
+    _settle_timeouts(layers)
+
+
+def _settle_devices(layers: Layers, name: str) -> None:
+    text = layers.values[name]
+    devices = [one.strip() for one in text.split(",")]
+    if not all(devices) or any(" " in one for one in devices):
+        layers.fail(
+            name, f"must be devices with commas between, for example 0,1, not {shown(text)}"
+        )
+    elif len(set(devices)) < len(devices):
+        layers.fail(name, f"names a device twice: {shown(text)}")
+    else:
+        layers.values[name] = ",".join(devices)
+
+
+def _settle_timeouts(layers: Layers) -> None:
+    least, most = (layers.values[f"handoff_{end}_timeout_s"] for end in ("min", "max"))
+    if least <= most:
+        return
+    if layers.given("handoff_max_timeout_s"):
+        text = f"must be --handoff-min-timeout-s ({least:g}) or more, not {most:g}"
+        layers.fail("handoff_max_timeout_s", text)
+    else:
+        text = f"must be --handoff-max-timeout-s ({most:g}) or less, not {least:g}"
+        layers.fail("handoff_min_timeout_s", text)
+
+
+def require_same_blocks(prefill: EngineConfig, decode: EngineConfig) -> None:
+    """Raise ConfigError, naming both values and places, where KV blocks of the two would differ."""
+    lines = []
+    for key in _SAME:
+        if key not in prefill.settings or key not in decode.settings:
+            continue
+        if prefill[key] != decode[key]:
+            prefill_says, decode_says = (
+                f"{shown_value(config[key])} ({config.source(key)})" for config in (prefill, decode)
+            )
+            lines.append(f"{key} is {prefill_says} for prefill and {decode_says} for decode")
+    if lines:
+        raise ConfigError(
+            "\n".join(
+                [
+                    "prefill and decode workers exchange KV blocks byte for byte, but differ:",
+                    *lines,
+                    "give both the same value; --set KEY=VALUE sets it for both",
+                ]
+            ),
+            param="decode_engine_config",
+        )

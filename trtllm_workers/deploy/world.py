@@ -1,0 +1,83 @@
+"""A worker of several ranks is one MPI world: which rank ended first, and what mpiexec says of it.
+
+mpiexec ends the whole world with the first rank and returns its exit code, but names no rank, or a
+wrong one, when a rank was killed. So the ranks are found by run id and watched here as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+
+from trtllm_workers.deploy.run import ranks_of
+
+_LOOK_INTERVAL_S = 0.2
+_ABORT = re.compile(r"^Abort\(\d+\) on node \d+ \(rank (\d+) in comm")
+_SIGNAL = re.compile(r"APPLICATION TERMINATED WITH THE EXIT STRING: .*\(signal (\d+)\)")
+# mpiexec's own words about the end, which say less than the report they would fill.
+_CHATTER = re.compile(
+    r"^=|^Abort\(\d+\) on node|^YOUR APPLICATION TERMINATED|^This typically refers to a problem"
+    r"|^Please see the FAQ page"
+)
+
+
+class WorldWatch:
+    """Notes in ``first_ended`` which rank of a world ended first; None: it was not seen."""
+
+    def __init__(self, run_id: str, process: str, num_ranks: int) -> None:
+        self._run_id = run_id
+        self._process = process
+        self._num_ranks = num_ranks
+        self._handles: dict[int, int] = {}
+        self.first_ended: int | None = None
+
+    async def watch(self) -> None:
+        """Find the ranks and watch them until cancelled."""
+        try:
+            while len(self._handles) < self._num_ranks:
+                for rank, found in (
+                    await asyncio.to_thread(ranks_of, self._run_id, self._process)
+                ).items():
+                    if rank not in self._handles:
+                        with suppress(ProcessLookupError):
+                            self._add(rank, os.pidfd_open(found.pid))
+                await asyncio.sleep(_LOOK_INTERVAL_S)
+            await asyncio.Event().wait()
+        finally:
+            for handle in self._handles.values():
+                asyncio.get_running_loop().remove_reader(handle)
+                os.close(handle)
+            self._handles.clear()
+
+    def _add(self, rank: int, handle: int) -> None:
+        self._handles[rank] = handle
+        asyncio.get_running_loop().add_reader(handle, self._on_end, rank)
+
+    def _on_end(self, rank: int) -> None:
+        asyncio.get_running_loop().remove_reader(self._handles[rank])
+        if self.first_ended is None:
+            self.first_ended = rank
+
+
+def culprit(lines: Sequence[str], first_ended: int | None) -> int | None:
+    """Return the rank that ended a world: the one that said so, else the first that was gone."""
+    for line in lines:
+        if found := _ABORT.search(line):
+            return int(found[1])
+    return first_ended
+
+
+def exit_status(status: int, lines: Sequence[str]) -> int:
+    """Return how the rank ended: mpiexec's exit code, or minus the signal that it tells of."""
+    for line in lines:
+        if found := _SIGNAL.search(line):
+            return -int(found[1])
+    return status
+
+
+def without_chatter(lines: Sequence[str]) -> list[str]:
+    """Return the lines without mpiexec's own about the end."""
+    return [line for line in lines if line.strip() and not _CHATTER.search(line)]

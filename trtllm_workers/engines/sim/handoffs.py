@@ -1,0 +1,104 @@
+"""Streams that only hold blocks: pinned to be fetched, or reserved to be filled. Runs none of them."""
+
+from __future__ import annotations
+
+from trtllm_workers.engines.sim.kv_memory import find_wrong, prompt_digests, write_digests
+from trtllm_workers.engines.sim.stream import Phase, Stream
+from trtllm_workers.errors import EngineError
+from trtllm_workers.observe.logs import get_logger
+from trtllm_workers.transfer.base import KvPool
+from trtllm_workers.types import TokenChunk
+
+log = get_logger(__name__)
+
+
+class Handoffs:
+    """``pinned`` and ``reserved`` streams by request id, over the memory of one engine's blocks.
+
+    ``num_wrong_blocks`` counts blocks that held something else than their prompt's KV on ``resume``.
+    """
+
+    def __init__(self, memory: KvPool) -> None:
+        self.pinned: dict[str, Stream] = {}
+        self.reserved: dict[str, Stream] = {}
+        self.num_wrong_blocks = 0
+        self._memory = memory
+
+    @property
+    def num_pinned_blocks(self) -> int:
+        """Blocks that wait to be fetched; two prompts may share some."""
+        return len({block for stream in self.pinned.values() for block in stream.blocks})
+
+    @property
+    def num_reserved_blocks(self) -> int:
+        """Blocks that wait for KV."""
+        return sum(len(stream.blocks) - stream.num_shared for stream in self.reserved.values())
+
+    def pin(self, stream: Stream) -> None:
+        """Let a stream whose prompt is computed hold its blocks, with their bytes in memory."""
+        stream.phase = Phase.PINNED
+        self.pinned[stream.request_id] = stream
+        write_digests(self._memory, stream.blocks, self._digests(stream))
+
+    def reserve(self, stream: Stream) -> None:
+        """Let a stream hold blocks that others will write."""
+        stream.phase = Phase.RESERVED
+        self.reserved[stream.request_id] = stream
+
+    def drop(self, request_id: str) -> None:
+        """Forget a stream if it is one that only holds blocks."""
+        self.pinned.pop(request_id, None)
+        self.reserved.pop(request_id, None)
+
+    def clear(self) -> None:
+        """Forget all streams, and the memory: an engine that ended keeps no page of it."""
+        self.pinned.clear()
+        self.reserved.clear()
+        self._memory = KvPool(self._memory.layout, 0, memoryview(bytearray()))
+
+    def take_up(self, request_id: str, first: TokenChunk | None) -> Stream:
+        """Forget a reserved stream and return it, ready to decode or, without ``first``, to prefill.
+
+        Raises EngineError, and changes nothing, when it is not reserved or ``first`` does not fit it.
+        """
+        stream = self.reserved.get(request_id)
+        if stream is None:
+            raise EngineError(
+                f"request {request_id} cannot be resumed: no blocks are reserved for it here (any "
+                "more); it was aborted, resumed before, or not granted yet"
+            )
+        if first is not None:
+            if len(first.token_ids) != 1 or stream.prompt_len + 1 >= stream.limit:
+                raise EngineError(
+                    f"request {request_id} cannot be resumed: its first chunk holds "
+                    f"{len(first.token_ids)} tokens, where one is expected of "
+                    f"{stream.limit - stream.prompt_len} (max_tokens) and an ended request needs none"
+                )
+            self._check_bytes(stream)
+            stream.tokens.extend(first.token_ids)
+            stream.num_known = stream.num_computed = stream.prompt_len
+            stream.cached_tokens = first.cached_tokens
+        del self.reserved[request_id]
+        stream.phase = Phase.PREFILL if first is None else Phase.DECODE
+        return stream
+
+    def _check_bytes(self, stream: Stream) -> None:
+        """Lead a stream astray whose KV is not that of its prompt, as a model would be."""
+        first = stream.num_shared
+        wrong = find_wrong(self._memory, stream.blocks[first:], self._digests(stream)[first:])
+        if not wrong:
+            return
+        self.num_wrong_blocks += len(wrong)
+        stream.wrong_kv = b"".join(wrong.values())
+        stream.stop_sharing()
+        log.error(
+            "wrong KV in reserved blocks; the answer will differ",
+            request_id=stream.request_id,
+            num_wrong_blocks=len(wrong),
+            num_blocks=len(stream.blocks),
+            first_wrong_block_id=next(iter(wrong)),
+        )
+
+    def _digests(self, stream: Stream) -> list[bytes]:
+        prompt = stream.tokens[: stream.prompt_len]
+        return list(prompt_digests(prompt, self._memory.layout.block_size, stream.root))

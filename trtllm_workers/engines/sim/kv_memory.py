@@ -1,0 +1,65 @@
+"""The memory behind the sim engine's block ids, and what stands in it for KV. Knows no request.
+
+A block's bytes follow from the tokens it stands for, all tokens before it, the model and the cache
+salt. So blocks can really move between workers, and one that did not arrive is found out.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from hashlib import shake_128
+
+from trtllm_workers.blocks import block_hash
+from trtllm_workers.errors import ConfigError
+from trtllm_workers.transfer.base import KvPool
+from trtllm_workers.types import KvLayout
+
+ORDER = "digest"
+
+
+def map_pool(layout: KvLayout, num_blocks: int) -> KvPool:
+    """Return a pool of pages that the kernel provides when they are first touched.
+
+    They are given back once nobody refers to the pool's memory. Raises ConfigError when the address
+    space cannot be had.
+    """
+    size = num_blocks * layout.block_bytes
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"{size:,} bytes for {num_blocks} blocks of {layout.block_bytes} bytes cannot be had: "
+            f"{error}; lower kv_cache_config.max_tokens, or kv_block_bytes in the sim cost model",
+            param="kv_cache_config.max_tokens",
+        ) from error
+    return KvPool(layout, num_blocks, memoryview(pages))
+
+
+def prompt_digests(tokens: Sequence[int], block_size: int, root: bytes) -> Iterator[bytes]:
+    """Yield the chained hash of each block of a prompt, the last perhaps partly filled."""
+    parent = root
+    for start in range(0, len(tokens), block_size):
+        parent = block_hash(parent, tokens[start : start + block_size])
+        yield parent
+
+
+def write_digests(pool: KvPool, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
+    """Fill each block with the bytes that its digest demands."""
+    for block, digest in zip(blocks, digests, strict=True):
+        pool.block(block)[:] = _content(pool, digest)
+
+
+def find_wrong(pool: KvPool, blocks: Sequence[int], digests: Sequence[bytes]) -> dict[int, bytes]:
+    """Return the blocks that hold other bytes than their digest demands, and a hash of those."""
+    wrong: dict[int, bytes] = {}
+    for block, digest in zip(blocks, digests, strict=True):
+        found = pool.block(block)
+        if found != _content(pool, digest):
+            wrong[block] = shake_128(found).digest(len(digest))
+    return wrong
+
+
+def _content(pool: KvPool, digest: bytes) -> bytes:
+    # No padding of zeros: a copy that stops early or is shifted must show.
+    return shake_128(digest).digest(pool.layout.block_bytes)

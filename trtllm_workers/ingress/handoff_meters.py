@@ -1,0 +1,70 @@
+"""Workers' counts of handoffs as metrics of the ingress. Knows the metrics table, no worker."""
+
+from __future__ import annotations
+
+from trtllm_workers.observe.metrics import Metrics
+from trtllm_workers.planes.messages import HandoffStats, PairStats, WorkerStats
+
+_PREFIX = "trtllm_launch_"
+_PHASES = ("queue", "prefill", "transfer", "first_decode")
+
+
+def observe_phases(metrics: Metrics, model: str, handoffs: HandoffStats) -> None:
+    """Take over what first tokens spent their time on since the worker's last report."""
+    for phases in handoffs.phases:
+        for phase, seconds in zip(_PHASES, phases, strict=True):
+            metrics.histogram(
+                f"{_PREFIX}first_token_phase_seconds", model=model, phase=phase
+            ).observe(seconds)
+
+
+def show_handoffs(metrics: Metrics, load: WorkerStats) -> None:
+    """Set a worker's counters and gauges to what it said last."""
+    worker_id, stats, handoffs = load.worker_id, load.stats, load.handoffs
+
+    def counter(what: str, total: float, **labels: str) -> None:
+        metrics.counter(f"{_PREFIX}{what}", worker_id=worker_id, **labels).advance_to(total)
+
+    for state, count in (("pinned", stats.pinned_blocks), ("reserved", stats.reserved_blocks)):
+        metrics.gauge(f"{_PREFIX}handoff_blocks", worker_id=worker_id, state=state).set(count)
+    counter("blocks_allocated_total", stats.allocated_blocks)
+    counter("blocks_freed_total", stats.freed_blocks)
+    counter("leaked_blocks_total", handoffs.leaked_blocks)
+    counter("local_prefills_total", handoffs.local)
+    for state, count in (("offered", handoffs.offered), ("fetching", handoffs.fetching)):
+        if count:
+            counter("handoffs_total", count, state=state, cause="")
+    for state, cause, count in handoffs.ended:
+        counter("handoffs_total", count, state=state, cause=cause)
+    for cause, count in handoffs.fallbacks:
+        counter("prefill_fallbacks_total", count, cause=cause)
+    for pair in load.pairs:
+        _show_pair(metrics, worker_id, pair)
+
+
+def _show_pair(metrics: Metrics, worker_id: str, pair: PairStats) -> None:
+    peer = pair.peer.peer_id
+    metrics.gauge(f"{_PREFIX}pairs", worker_id=worker_id, peer=peer, state=pair.state).set(1)
+    for result, count in (
+        ("passed", pair.canary_passed),
+        ("failed", pair.canary_failed),
+        ("mismatch", pair.canary_mismatched),
+    ):
+        metrics.counter(
+            f"{_PREFIX}canary_total", worker_id=worker_id, peer=peer, result=result
+        ).advance_to(count)
+    if not pair.transport:
+        return
+    labels = {
+        "worker_id": worker_id,
+        "peer": peer,
+        "transport": pair.transport,
+        "wire": pair.wire,
+    }
+    for what, total in (
+        ("transfers_total", pair.num_handoffs),
+        ("transfer_bytes_total", pair.num_bytes),
+        ("transfer_seconds_total", pair.seconds),
+    ):
+        metrics.counter(f"{_PREFIX}kv_{what}", **labels).advance_to(total)
+    metrics.gauge(f"{_PREFIX}kv_transfer_gb_per_second", **labels).set(pair.gb_per_s)

@@ -1,0 +1,337 @@
+"""A decode worker's prefill workers: found, connected, checked, and taken in turns.
+
+::
+
+    checking ──gate passed──▶ ready ──▶ lost ──▶ checking …
+       ├──layouts or models differ──▶ refused
+       └──wrong tokens──▶ mismatch
+
+``refused`` and ``mismatch`` last until that prefill worker is another one: its record must go. Knows
+no request; what runs over a pair is ``decode_desk.py``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
+
+import structlog
+
+from trtllm_workers.errors import LaunchError, LayoutMismatch, PeerLost, error_for_code
+from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
+from trtllm_workers.planes.messages import PairAnswer, PairAsk, PairStats
+from trtllm_workers.transfer.base import KvLink, KvTransport
+from trtllm_workers.types import EngineInfo, Role, WorkerRecord, WorkerState
+from trtllm_workers.worker.canary import Verdict
+
+log = structlog.get_logger(__name__)
+
+CHECKING, READY, REFUSED, MISMATCH, LOST = "checking", "ready", "refused", "mismatch", "lost"
+FIRST_RETRY_S = 0.1
+LAST_RETRY_S = 5.0
+CONNECT_TIMEOUT_S = 10.0
+# The rate shown and used for deadlines follows recent transfers; small ones show only latency.
+_TELLING_BYTES = 1 << 20
+_NEWEST_WEIGHT = 0.3
+
+
+class Pair:
+    """One prefill worker as this decode worker sees it."""
+
+    def __init__(self, record: WorkerRecord) -> None:
+        self.record = record
+        self.peer: Peer | None = None
+        self.link: KvLink | None = None
+        self.state = CHECKING
+        self.reason = "not connected yet"
+        self.draining = record.state is not WorkerState.READY
+        self.lost = asyncio.Event()
+        self.answer: asyncio.Future[PairAnswer] | None = None
+        self.transport = ""
+        self.wire = ""
+        self.num_handoffs = 0
+        self.num_bytes = 0
+        self.seconds = 0.0
+        self.bytes_per_s = 0.0
+        self.canaries = dict.fromkeys(Verdict, 0)
+
+    @property
+    def peer_id(self) -> str:
+        """The prefill worker's name."""
+        return self.record.worker_id
+
+    @property
+    def usable(self) -> bool:
+        """Whether a prompt may be sent there."""
+        return self.state == READY and not self.draining
+
+    def moved(self, num_bytes: int, seconds: float) -> None:
+        """Count one transfer."""
+        self.num_handoffs += 1
+        self.num_bytes += num_bytes
+        self.seconds += seconds
+        if seconds > 0 and (num_bytes >= _TELLING_BYTES or not self.bytes_per_s):
+            rate = num_bytes / seconds
+            known = self.bytes_per_s or rate
+            self.bytes_per_s = known + _NEWEST_WEIGHT * (rate - known)
+
+    def stats(self) -> PairStats:
+        """Return what there is to tell."""
+        return PairStats(
+            peer=self.record.address,
+            transport=self.transport,
+            wire=self.link.wire if self.link is not None else self.wire,
+            state=self.state,
+            reason=self.reason,
+            num_handoffs=self.num_handoffs,
+            num_bytes=self.num_bytes,
+            seconds=self.seconds,
+            gb_per_s=self.bytes_per_s / 1e9,
+            canary_passed=self.canaries[Verdict.PASSED],
+            canary_failed=self.canaries[Verdict.FAILED],
+            canary_mismatched=self.canaries[Verdict.MISMATCH],
+        )
+
+
+Gate = Callable[[Pair], Awaitable[tuple[Verdict, str]]]
+
+
+class Pairs:
+    """All pairs of one decode worker. Use ``running``: it owns the tasks.
+
+    ``gate(pair)`` runs the correctness probe. ``changed`` is called after every change of a state.
+    ``canary_interval_s`` 0: the gate runs once per connection.
+    """
+
+    def __init__(
+        self,
+        plane: RequestPlane,
+        discovery: Discovery,
+        transport: KvTransport | None,
+        info: EngineInfo,
+        model: str,
+        *,
+        gate: Gate,
+        changed: Callable[[], None],
+        canary_interval_s: float,
+    ) -> None:
+        self._plane = plane
+        self._discovery = discovery
+        self._transport = transport
+        self._info = info
+        self._model = model
+        self._gate = gate
+        self._changed = changed
+        self._canary_interval_s = canary_interval_s
+        self._pairs: dict[tuple[str, str], Pair] = {}
+        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._turn = 0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Pairs]:
+        """Follow discovery until the block ends."""
+        watcher = asyncio.create_task(self._watch(), name="pairs-watch")
+        try:
+            yield self
+        finally:
+            tasks = [watcher, *self._tasks.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def take(self) -> Pair | None:
+        """Return the next usable pair, in turns; None when there is none."""
+        usable = [pair for pair in self._pairs.values() if pair.usable]
+        if not usable:
+            return None
+        self._turn += 1
+        return usable[self._turn % len(usable)]
+
+    def of(self, peer: Peer) -> Pair | None:
+        """Return the pair at the other end of a connection."""
+        address = peer.address
+        return self._pairs.get((address.peer_id, address.incarnation))
+
+    @property
+    def num_ready(self) -> int:
+        """Pairs whose gate has passed."""
+        return sum(pair.state == READY for pair in self._pairs.values())
+
+    @property
+    def missing(self) -> str:
+        """Why no pair is ready, for people."""
+        if not self._pairs:
+            return f"no prefill worker of model '{self._model}' has registered"
+        return "; ".join(
+            f"prefill worker {pair.peer_id}: {pair.state}: {pair.reason}"
+            for pair in self._pairs.values()
+        )
+
+    def stats(self) -> list[PairStats]:
+        """Return what there is to tell about each pair."""
+        return [pair.stats() for pair in self._pairs.values()]
+
+    # --- news ----------------------------------------------------------------------------------
+
+    def answered(self, peer: Peer, answer: PairAnswer) -> None:
+        """Take a prefill worker's side of a pair."""
+        pair = self.of(peer)
+        if pair is not None and pair.answer is not None and not pair.answer.done():
+            pair.answer.set_result(answer)
+
+    def drains(self, peer: Peer, reason: str) -> None:
+        """Take notice that a prefill worker takes nothing new."""
+        pair = self.of(peer)
+        if pair is not None and not pair.draining:
+            pair.draining = True
+            pair.reason = f"draining: {reason}"
+            self._changed()
+
+    def peer_lost(self, peer: Peer, error: PeerLost) -> Pair | None:
+        """Take notice that a connection ended; return the pair that used it, if any."""
+        pair = self.of(peer)
+        if pair is None or pair.peer is not peer:
+            return None
+        pair.peer = None
+        self._set(pair, LOST, str(error))
+        pair.lost.set()
+        if pair.answer is not None and not pair.answer.done():
+            pair.answer.cancel()
+        return pair
+
+    # --- inside --------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                async for records in self._discovery.watch():
+                    self._update(records)
+                return  # discovery was closed
+            except (LaunchError, OSError) as error:
+                log.warning("discovery failed; the known pairs stay", error=str(error))
+                await asyncio.sleep(LAST_RETRY_S)
+
+    def _update(self, records: Collection[WorkerRecord]) -> None:
+        fresh = {
+            (record.worker_id, record.address.incarnation): record
+            for record in records
+            if record.role is Role.PREFILL and record.model == self._model
+        }
+        for key in [key for key in self._pairs if key not in fresh]:
+            self._tasks.pop(key).cancel()
+            del self._pairs[key]
+            self._changed()
+        for key, record in fresh.items():
+            known = self._pairs.get(key)
+            if known is None:
+                pair = self._pairs[key] = Pair(record)
+                self._tasks[key] = asyncio.create_task(self._follow(pair), name=f"pair-{key[0]}")
+            elif record.state is not WorkerState.READY and not known.draining:
+                known.draining = True
+                self._changed()
+
+    async def _follow(self, pair: Pair) -> None:
+        """Keep one pair for as long as its record lives."""
+        retry_s = FIRST_RETRY_S
+        try:
+            while True:
+                try:
+                    await self._connect(pair)
+                    retry_s = FIRST_RETRY_S
+                    await self._check_until_lost(pair)
+                except LayoutMismatch as error:
+                    self._set(pair, REFUSED, str(error))
+                    log.error("prefill worker refused", peer=pair.peer_id, reason=str(error))
+                    return
+                except (LaunchError, OSError, TimeoutError, asyncio.CancelledError) as error:
+                    task = asyncio.current_task()
+                    if isinstance(error, asyncio.CancelledError) and (task and task.cancelling()):
+                        raise
+                    self._set(pair, LOST, str(error) or "no answer in time")
+                await self._unlink(pair)
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, LAST_RETRY_S)
+        except Exception:  # the border: one pair's fault must not end the others
+            log.exception("pair failed", peer=pair.peer_id)
+            self._set(pair, REFUSED, "internal error; see the log")
+        finally:
+            await self._unlink(pair)
+
+    async def _connect(self, pair: Pair) -> None:
+        self._set(pair, CHECKING, "connecting")
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            pair.lost.clear()
+            pair.peer = await self._plane.connect(pair.record.address, CONNECT_TIMEOUT_S)
+            card = self._transport.card() if self._transport is not None else None
+            pair.answer = asyncio.get_running_loop().create_future()
+            pair.peer.send(PairAsk(self._info.model_id, card))
+            answer = await pair.answer
+        if answer.error_code:
+            raise error_for_code(answer.error_code, answer.error_message)
+        check_models(self._info.model_id, answer.model_id, pair.peer_id)
+        if self._transport is not None:
+            if answer.card is None:
+                raise LayoutMismatch(
+                    f"prefill worker {pair.peer_id} moves its KV itself, this worker uses "
+                    f"{self._transport.name}; both roles need the same engine"
+                )
+            pair.link = await self._transport.connect(answer.card, CONNECT_TIMEOUT_S)
+            pair.transport, pair.wire = self._transport.name, pair.link.wire
+
+    async def _check_until_lost(self, pair: Pair) -> None:
+        retry_s = FIRST_RETRY_S
+        while True:
+            verdict, reason = await self._gate(pair)
+            if pair.lost.is_set():
+                raise PeerLost(pair.reason)
+            pair.canaries[verdict] += 1
+            wait_s: float | None = self._canary_interval_s or None
+            if verdict is Verdict.PASSED:
+                if pair.state != READY:
+                    self._tell_ready(pair)
+                self._set(pair, READY, "")
+                retry_s = FIRST_RETRY_S
+            elif verdict is Verdict.MISMATCH:
+                self._set(pair, MISMATCH, reason)
+                log.error("prefill worker taken out: wrong tokens", peer=pair.peer_id, why=reason)
+                wait_s = None
+            else:
+                self._set(pair, CHECKING, f"canary: {reason}")
+                log.warning("canary failed", peer=pair.peer_id, reason=reason)
+                wait_s, retry_s = retry_s, min(2 * retry_s, LAST_RETRY_S)
+            try:
+                async with asyncio.timeout(wait_s):
+                    await pair.lost.wait()
+                raise PeerLost(pair.reason)
+            except TimeoutError:
+                continue
+
+    def _tell_ready(self, pair: Pair) -> None:
+        log.info(
+            "prefill worker ready",
+            peer=pair.peer_id,
+            transport=pair.transport or "engine-native",
+            wire=pair.link.wire if pair.link is not None else "",
+            gb_per_s=round(pair.bytes_per_s / 1e9, 3),
+        )
+
+    def _set(self, pair: Pair, state: str, reason: str) -> None:
+        changed = (pair.state, pair.reason) != (state, reason)
+        pair.state, pair.reason = state, reason
+        if changed:
+            self._changed()
+
+    async def _unlink(self, pair: Pair) -> None:
+        link, pair.link = pair.link, None
+        if link is not None:
+            await link.close()
+
+
+def check_models(ours: str, theirs: str, peer_id: str) -> None:
+    """Raise LayoutMismatch when two workers of one pair serve different models."""
+    if ours != theirs:
+        raise LayoutMismatch(
+            f"{peer_id} serves model {theirs}, this worker {ours}; prefill and decode need the same "
+            "checkpoint"
+        )

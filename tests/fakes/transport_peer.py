@@ -103,9 +103,7 @@ class Peer:
         self.links.append(await self.transport.connect(decoded, timeout_s))
         return len(self.links) - 1
 
-    async def write(
-        self, link: int, local: list[int], remote: list[int], timeout_s: float
-    ) -> None:
+    async def write(self, link: int, local: list[int], remote: list[int], timeout_s: float) -> None:
         await self.links[link].write(local, remote, timeout_s)
 
     async def write_on(self, link: int, local: list[int], remote: list[int]) -> None:

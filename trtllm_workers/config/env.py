@@ -87,6 +87,14 @@ def calm_openmp() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def ucx_speaks_on_stderr() -> None:
+    """Let UCX log to stderr rather than stdout; call before anything loads it.
+
+    A UCX_LOG_FILE given by the user stays.
+    """
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")
+
+
 def wants_colour(environ: Mapping[str, str], is_terminal: bool) -> bool:
     """Return whether to colour output: never with NO_COLOR, always with FORCE_COLOR."""
     if environ.get("NO_COLOR"):

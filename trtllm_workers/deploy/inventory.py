@@ -11,7 +11,6 @@ from pathlib import Path
 from trtllm_workers.deploy.plan import Inventory
 from trtllm_workers.deploy.shares import CUDA, THREADS
 
-
 # Any one of them will do: NIXL has a module for each CUDA version.
 _TRANSPORT_MODULES = {"ucx": ("ucxx",), "nixl": ("nixl_cu12", "nixl_cu13", "nixl")}
 

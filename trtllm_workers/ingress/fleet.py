@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ class Fleet:
         self._by_address: dict[Address, Worker] = {}
         self._followers: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._loaders: dict[str, asyncio.Task[None]] = {}
-        self._turn = 0
+        self._turns: Counter[Role] = Counter()
         self.models: dict[str, Served] = {}
         self.changed = asyncio.Event()
 
@@ -381,8 +382,9 @@ class Fleet:
     def _least(self, workers: list[Worker]) -> Worker:
         fewest = min(worker.in_flight for worker in workers)
         least = [worker for worker in workers if worker.in_flight == fewest]
-        self._turn += 1
-        return least[self._turn % len(least)]
+        role = least[0].role  # turns of their own: one request takes a worker of each role
+        self._turns[role] += 1
+        return least[self._turns[role] % len(least)]
 
 
 def _start(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -58,7 +58,9 @@ async def start_transport(
         except TransportUnavailable as error:
             if wanted != AUTO:
                 raise
-            log.info("KV transport cannot start; trying the next", transport=name, reason=str(error))
+            log.info(
+                "KV transport cannot start; trying the next", transport=name, reason=str(error)
+            )
             reasons.append(f"{name}: {error}")
     raise TransportUnavailable(f"no KV transport starts here: {'; '.join(reasons)}")
 

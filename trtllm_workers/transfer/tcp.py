@@ -148,10 +148,10 @@ class TcpLink:
     def _check(self, what: str, local: Sequence[int], remote: Sequence[int]) -> None:
         self._check_open(what)
         wrong = check_block_ids(self._pool, local, remote)
-        if wrong is None and remote and not (
-            min(remote) >= 0 and max(remote) < self._num_remote
-        ):
-            wrong = f"a block of {min(remote)}..{max(remote)} is outside its pool of {self._num_remote}"
+        if wrong is None and remote and not (min(remote) >= 0 and max(remote) < self._num_remote):
+            wrong = (
+                f"a block of {min(remote)}..{max(remote)} is outside its pool of {self._num_remote}"
+            )
         if wrong is not None:
             raise TransferFailed(f"{what} {self._peer_id}: {wrong}; nothing was moved")
 
@@ -191,7 +191,7 @@ class TcpLink:
     async def _take(self) -> Channel:
         while self._idle:
             channel = self._idle.pop()
-            if not tcp_socket.gone(channel.sock):
+            if not tcp_socket.ended(channel.sock):
                 return channel
             channel.close()
         channel, layout, num_blocks = await dial(self._door, NAME, self._our_id, self._peer_id)

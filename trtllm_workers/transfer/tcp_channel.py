@@ -142,9 +142,7 @@ async def dial(
             )
         await channel.say(Proof(proof(door.token, hello, challenge)))
         welcome = await channel.expect(Welcome, MAX_GREETING_BYTES)
-        expected = welcome_proof(
-            door.token, hello, challenge, welcome.layout, welcome.num_blocks
-        )
+        expected = welcome_proof(door.token, hello, challenge, welcome.layout, welcome.num_blocks)
         if not same(welcome.mac, expected):
             raise TransferFailed("it does not hold the token of its own card")
     except BaseException:

@@ -120,12 +120,11 @@ def abort(sock: socket.socket) -> None:
     sock.close()
 
 
-def gone(sock: socket.socket) -> bool:
-    """Return whether an idle connection has been closed by the other side, or says what it must not."""
+def ended(sock: socket.socket) -> bool:
+    """Return whether the other side has closed the connection or is gone. Takes nothing from it."""
     try:
-        sock.recv(1, socket.MSG_PEEK)
+        return not sock.recv(1, socket.MSG_PEEK)
     except (BlockingIOError, InterruptedError):
         return False
     except OSError:
         return True
-    return True

@@ -162,30 +162,8 @@ async def bounded(
         except TransferFailed as error:
             raise TransferFailed(f"{what}: {error}") from error
         except OSError as error:
-            raise TransferFailed(f"{what}: {error.strerror or error}; is the peer alive?") from error
-
-    return await thread.call(attempt())
-
-
-async def bounded(
-    thread: LoopThread, what: str, timeout_s: float, work: Callable[[], Awaitable[T]]
-) -> T:
-    """Run ``work`` on the thread within ``timeout_s``; ``what`` names the operation and the peer.
-
-    Raises TransferFailed for a broken connection and for the deadline too; ``work`` has ended then.
-    """
-
-    async def attempt() -> T:
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await work()
-        except TimeoutError as error:
             raise TransferFailed(
-                f"{what}: not done within {timeout_s:g} s; is the peer alive, and the network fast enough?"
+                f"{what}: {error.strerror or error}; is the peer alive?"
             ) from error
-        except TransferFailed as error:
-            raise TransferFailed(f"{what}: {error}") from error
-        except OSError as error:
-            raise TransferFailed(f"{what}: {error.strerror or error}; is the peer alive?") from error
 
     return await thread.call(attempt())

@@ -8,6 +8,7 @@ on that way, the prompt is computed here instead, once.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -456,4 +457,4 @@ def _key(pair: Pair, handoff_id: str) -> tuple[str, str, str]:
 
 
 def _now() -> float:
-    return asyncio.get_running_loop().time()
+    return time.monotonic()  # the loop's own clock may only count milliseconds

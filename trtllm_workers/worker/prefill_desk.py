@@ -7,6 +7,7 @@ the reader says it is done, cancels, is lost, or the deadline is over.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
@@ -149,17 +150,16 @@ class PrefillDesk:
             min_timeout_s=self._limits.min_timeout_s,
             max_timeout_s=self._limits.max_timeout_s,
         )
-        loop = asyncio.get_running_loop()
         entry.handoff = Handoff(
             entry.handoff_id,
             address.peer_id,
             len(prefilled.block_ids),
             num_bytes,
-            offered_s=loop.time(),
+            offered_s=time.monotonic(),
             timeout_s=timeout_s,
         )
         self._meters.offered += 1
-        entry.timer = loop.call_at(entry.handoff.deadline_s, self._expire, entry)
+        entry.timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, entry)
         try:
             entry.peer.send(Offer(entry.handoff_id, prefilled, timeout_s, entry.submit))
         except PeerLost as error:
@@ -186,7 +186,7 @@ class PrefillDesk:
         if entry is None or entry.handoff is None:
             return  # it will hear so when it says that it is done
         try:
-            entry.handoff.fetch(asyncio.get_running_loop().time())
+            entry.handoff.fetch(time.monotonic())
         except HandoffExpired:
             self._expire(entry)
         else:
@@ -257,7 +257,7 @@ class PrefillDesk:
     def _expire(self, entry: _Entry) -> None:
         handoff = entry.handoff
         assert handoff is not None, "only offers have a deadline"
-        now_s = asyncio.get_running_loop().time()
+        now_s = time.monotonic()
         if not handoff.expire(max(now_s, handoff.deadline_s)):
             return
         error = handoff.expired(now_s)

@@ -34,7 +34,10 @@ def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
         (["up", "--http-port"], "Option '--http-port' requires an argument."),
         (["up", "--http-port", "abc"], "--http-port: must be a whole number, not 'abc'"),
         (["plan", "--engine", "troch"], "did you mean 'torch'?"),
-        (["worker", "--discovery", "file:///x", "--role", "prefil"], "--role: must be aggregated"),
+        (
+            ["worker", "--discovery", "file:///x", "--role", "prefil"],
+            "--role: must be one of aggregated, prefill, decode",
+        ),
         (["ingress"], "say where workers register: --discovery file:///some/directory"),
         (["ingress", "--discovery", "file:///x", "--plane-port", "-1"], "--plane-port: must be"),
         (["stop", "abc123", "--all"], "give a run id or --all, not both"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from trtllm_workers.config.disaggregation import require_same_blocks
 from trtllm_workers.config.engine_config import load_engine_config, shown_value
 from trtllm_workers.config.schema import trtllm_keys
 from trtllm_workers.config.shipped import shipped_engine_config
@@ -53,14 +54,28 @@ def test_every_key_of_an_engine_is_a_key_of_tensorrt_llm(engine: str) -> None:
     assert set(engine_keys(engine)) <= trtllm_keys()
 
 
+@pytest.mark.parametrize("name", ["agg.yaml", "prefill.yaml", "decode.yaml"])
 @pytest.mark.parametrize("engine", sorted(ENGINES))
-def test_the_aggregated_config_works_unchanged_on_every_engine(engine: str) -> None:
-    path = shipped_engine_config("agg.yaml")
+def test_a_shipped_config_works_unchanged_on_every_engine(engine: str, name: str) -> None:
+    path = shipped_engine_config(name)
     config = load_engine_config(engine, engine_keys(engine), path)
-    from_file = {key for key in config.settings if "agg.yaml:" in config.source(key)}
+    from_file = {key for key in config.settings if f"{name}:" in config.source(key)}
     assert {"max_batch_size", "max_num_tokens", "kv_cache_config.tokens_per_block"} <= from_file
     assert config["max_num_tokens"] >= config["max_batch_size"]
     assert config["kv_cache_config.tokens_per_block"].bit_count() == 1
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_shipped_configs_of_prefill_and_decode_fit_together(engine: str) -> None:
+    prefill, decode = (
+        load_engine_config(engine, engine_keys(engine), shipped_engine_config(name))
+        for name in ("prefill.yaml", "decode.yaml")
+    )
+    require_same_blocks(prefill, decode)
+    # The rules that the comments in the files give.
+    block = prefill["kv_cache_config.tokens_per_block"]
+    assert prefill["max_batch_size"] == prefill["max_num_tokens"] // block
+    assert decode["max_num_tokens"] == 2 * decode["max_batch_size"]
 
 
 def test_the_shipped_config_is_the_one_in_the_tree() -> None:

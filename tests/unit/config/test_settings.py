@@ -198,7 +198,12 @@ def test_a_cost_model_without_sim_is_pointed_out(model: Path, tmp_path: Path) ->
 def test_show_settings_lists_every_option(model: Path, golden: Callable[[str, str], None]) -> None:
     settings = settle(
         model,
-        {"model_path": "tiny-llama", "engine_config": "tiny-llama/config.json"},
+        {
+            "model_path": "tiny-llama",
+            "engine_config": "tiny-llama/config.json",
+            "prefill_engine_config": "prefill.yaml",
+            "decode_engine_config": "decode.yaml",
+        },
         CLUSTER_SECRET=SECRET,
         LOG_FORMAT="json",
     )

@@ -12,6 +12,7 @@ import pytest
 
 from tests.unit.deploy.support import make_settings
 from trtllm_workers.deploy.commands import as_shell
+from trtllm_workers.deploy.inventory import visible_gpus
 from trtllm_workers.deploy.plan import Inventory, Plan, make_plan
 from trtllm_workers.deploy.run import RunFolder
 
@@ -108,9 +109,21 @@ def test_workers_get_a_gpu_each() -> None:
     assert "3 workers share 2 GPUs" in crowded.notes[0]
 
 
-def test_variables_that_the_operator_set_are_left_alone() -> None:
-    preset = frozenset({"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"})
-    inventory = Inventory(python="python", cwd=Path("/"), gpus=("0", "1"), preset=preset)
-    plan = plan_of(inventory, num_workers=2)
-    assert shares_of("CUDA_VISIBLE_DEVICES", plan) == [None, None]
-    assert shares_of("OMP_NUM_THREADS", plan) == [None, None]
+def test_threads_that_the_operator_set_are_left_alone() -> None:
+    inventory = Inventory(python="python", cwd=Path("/"), preset=frozenset({"OMP_NUM_THREADS"}))
+    assert shares_of("OMP_NUM_THREADS", plan_of(inventory, num_workers=2)) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("value", "gpus"),
+    [("2,3", ("2", "3")), ("GPU-a, GPU-b", ("GPU-a", "GPU-b")), ("", ()), ("0,-1,1", ("0",))],
+)
+def test_devices_that_the_operator_left_visible_are_shared_out(
+    value: str, gpus: tuple[str, ...]
+) -> None:
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": value}) == gpus
+
+
+def test_one_worker_alone_sees_what_the_launcher_sees() -> None:
+    two = Inventory(python="python", cwd=Path("/"), gpus=("2", "3"))
+    assert shares_of("CUDA_VISIBLE_DEVICES", plan_of(two, num_workers=1)) == [None]

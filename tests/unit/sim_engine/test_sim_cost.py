@@ -57,6 +57,13 @@ def test_costs_are_in_the_units_of_their_names(tmp_path: Path) -> None:
     assert cost.decode_s(4, 1000) == pytest.approx(4 * 11e-6 + 1000 * 13e-9)
 
 
+def test_the_size_of_a_block_is_no_cost_and_has_a_default_in_every_file(tmp_path: Path) -> None:
+    assert load_cost(written(tmp_path, "")).kv_block_bytes == CostModel().kv_block_bytes == 64
+    assert load_cost(written(tmp_path, "kv_block_bytes: 4096")).kv_block_bytes == 4096
+    with pytest.raises(ConfigError, match=r":1: 'kv_block_bytes' must be 16 to .*, not 8"):
+        load_cost(written(tmp_path, "kv_block_bytes: 8"))
+
+
 def test_two_chunks_cost_as_much_as_one() -> None:
     cost = CostModel()
     assert cost.prefill_s(0, 300) + cost.prefill_s(300, 700) == pytest.approx(

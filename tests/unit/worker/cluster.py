@@ -120,6 +120,12 @@ class Client:
         self.lost.append(peer.address.peer_id)
         self.news.set()
 
+    async def happened(self) -> None:
+        """Wait until something arrives."""
+        self.news.clear()
+        async with asyncio.timeout(DEADLINE_S):
+            await self.news.wait()
+
     async def until(self, met: Callable[[], object]) -> None:
         async with asyncio.timeout(DEADLINE_S):
             while not met():

@@ -20,7 +20,8 @@ from trtllm_workers.engines.sim.cost import CostModel, load_cost
 from trtllm_workers.engines.sim.handoffs import Handoffs
 from trtllm_workers.engines.sim.kv_memory import ORDER, map_pool
 from trtllm_workers.engines.sim.pool import BlockPool
-from trtllm_workers.engines.sim.scheduler import Limits, Scheduler, Step
+from trtllm_workers.engines.sim.scheduler import Scheduler
+from trtllm_workers.engines.sim.step import Limits, Step
 from trtllm_workers.engines.sim.stream import Phase, Purpose, Stream
 from trtllm_workers.engines.sim.tokens import Vocabulary
 from trtllm_workers.errors import ConfigError, EngineDead, EngineError

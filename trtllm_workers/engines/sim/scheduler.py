@@ -11,43 +11,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from trtllm_workers.engines.base import Deliver
 from trtllm_workers.engines.sim.handoffs import Handoffs
 from trtllm_workers.engines.sim.pool import BlockPool
+from trtllm_workers.engines.sim.step import Chunk, Limits, Step
 from trtllm_workers.engines.sim.stream import Phase, Purpose, Stream
 from trtllm_workers.types import EngineStats, FinishReason, TokenChunk
 
 OnDeliverError = Callable[[Stream, Exception], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the engine config says about batches; ``block_size`` in tokens."""
-
-    block_size: int
-    max_running: int
-    max_num_tokens: int
-    chunked_prefill: bool
-    reuse: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """``num_tokens`` of a stream's prompt to compute in a step, after ``start`` others."""
-
-    stream: Stream
-    start: int
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step's work: prompt chunks, and one token for each decoding stream."""
-
-    chunks: tuple[Chunk, ...]
-    num_decoding: int
 
 
 class Scheduler:

@@ -20,7 +20,7 @@ KEYS: dict[str, Key] = {
     "kv_cache_config.tokens_per_block": Key(
         int, 32, "tokens per KV block", minimum=1, maximum=4096
     ),
-    # As many as a large GPU holds for an 8B model; the blocks are virtual and take no memory.
+    # As many as a large GPU holds for an 8B model; only blocks that move between workers take memory.
     "kv_cache_config.max_tokens": Key(int, 1_048_576, "tokens the KV pool holds", minimum=1),
     "kv_cache_config.enable_block_reuse": Key(
         bool, True, "keep blocks of finished requests and reuse them for equal prefixes"

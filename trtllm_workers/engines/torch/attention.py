@@ -115,7 +115,7 @@ class AttentionPlan:
     def _attend(self, query: torch.Tensor, layer: int, group: _Group) -> torch.Tensor:
         memory = self._memory
         # In place: layers come in order, and a plan lives for one pass through them.
-        index = group.index.add_((layer - group.layer) * 2 * memory.num_kv_heads)
+        index = group.index.add_((layer - group.layer) * memory.layer_stride)
         group.layer = layer
         gathered = memory.head_rows.index_select(0, index)
         keys, values = gathered.view(
@@ -211,7 +211,7 @@ class AttentionPlan:
             for table in tables
         ]
         blocks = torch.tensor(padded, dtype=torch.int64) * memory.heads_per_block
-        heads = torch.arange(2 * memory.num_kv_heads).view(2, 1, -1, 1)
+        heads = memory.own_rows.view(2, 1, -1, 1)
         return (blocks.view(1, len(tables), 1, num_blocks) + heads).flatten().to(self._device)
 
     def _batch(self, singles: Seq[Span]) -> _Group:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,15 @@ from trtllm_workers.errors import ConfigError
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SAMPLE_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """``count`` rows (``axis`` 0) or columns (1) of a tensor, from ``first`` on."""
+
+    axis: int
+    first: int
+    count: int
 
 
 class Checkpoint:
@@ -47,18 +57,18 @@ class Checkpoint:
     ) -> None:
         self._open.clear()
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        """Return one tensor, its shape checked."""
+    def take(self, name: str, *shape: int, part: Part | None = None) -> torch.Tensor:
+        """Return one tensor, its shape checked; with ``part`` nothing else of it is read."""
         file = self._places.get(name)
         if file is None:
             raise _error(
                 f"{self._folder}: no tensor '{name}' of shape {list(shape)} in its safetensors files; "
                 "the checkpoint is incomplete or of another architecture than config.json says"
             )
-        tensor = self._read(file, name)
-        if tuple(tensor.shape) != shape:
+        found, tensor = self._read(file, name, shape, part)
+        if found != shape:
             raise _error(
-                f"{self._folder / file}: tensor '{name}' has shape {list(tensor.shape)}, "
+                f"{self._folder / file}: tensor '{name}' has shape {list(found)}, "
                 f"but config.json asks for {list(shape)}"
             )
         if not tensor.is_floating_point():
@@ -70,17 +80,26 @@ class Checkpoint:
         self._on_progress(min(1.0, self._num_taken / len(self._places)))
         return tensor.to(self._dtype)
 
-    def _read(self, file: str, name: str) -> torch.Tensor:
+    def _read(
+        self, file: str, name: str, shape: tuple[int, ...], part: Part | None
+    ) -> tuple[tuple[int, ...], torch.Tensor]:
+        """Return a tensor's whole shape and the wanted part of it, if it has ``shape``."""
         path = self._folder / file
         try:
             if file not in self._open:
                 self._open[file] = safe_open(path, framework="pt", device="cpu")
+            if part is not None:
+                whole = self._open[file].get_slice(name)
+                found = tuple(whole.get_shape())
+                if found == shape:
+                    chosen = slice(part.first, part.first + part.count)
+                    return found, whole[chosen] if part.axis == 0 else whole[:, chosen]
             tensor: torch.Tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise _error(
                 f"{path}: cannot read tensor '{name}': {error}; is the file cut short?"
             ) from error
-        return tensor
+        return tuple(tensor.shape), tensor
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -188,6 +188,10 @@ class Core(Generic[Key]):
 
     def compute(self) -> list[Sampled]:
         """Run the model on the planned step and choose its tokens."""
+        return self._sample(self.forward(), self._computed)
+
+    def forward(self) -> torch.Tensor:
+        """Run the model on the planned step; on ranks above 0 nothing is to be done with the result."""
         if self._times:
             now_s = time.monotonic()
             for sequence, _count in self._step.prefills:
@@ -195,8 +199,7 @@ class Core(Generic[Key]):
                 if times is not None and times.started_s is None:
                     times.started_s = now_s
         batch, self._computed = _batch_of(self._step)
-        logits = self.loaded.model.forward(batch, self.loaded.memory)
-        return self._sample(logits, self._computed)
+        return self.loaded.model.forward(batch, self.loaded.memory)
 
     def finish(self, chosen: Seq[Sampled]) -> list[tuple[Key, Result]]:
         """Take the step as computed and ``chosen`` as its tokens; return what it has for whom."""
@@ -207,6 +210,12 @@ class Core(Generic[Key]):
             (self._keys[sequence.arrival], self._result(sequence, found))
             for sequence, found in zip(self._computed, chosen, strict=True)
         ]
+
+    def state(self) -> tuple[int, ...]:
+        """Return numbers that are equal where the same orders and tokens came in the same order."""
+        scheduler = self.scheduler
+        places = (scheduler.waiting, scheduler.running, scheduler.pinned, scheduler.reserved)
+        return (self._num_steps, self.pool.num_free, self.pool.num_cached, *map(len, places))
 
     def stats(self) -> EngineStats:
         """Return load and counters now."""

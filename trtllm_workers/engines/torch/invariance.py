@@ -37,7 +37,9 @@ def products_are_invariant(model: Model) -> bool:
     config = model.config
     hidden = config.hidden_size
     inners = (hidden, config.num_heads * config.head_dim, hidden, config.intermediate_size)
-    checked = [*zip(model.linears[:4], inners, strict=True), (model.head, hidden)]
+    checked = list(zip(model.linears[:4], inners, strict=True))
+    if model.head is not None:
+        checked.append((model.head, hidden))
     return all(
         rows_are_invariant(linear, inner, model.dtype, model.device) for linear, inner in checked
     )

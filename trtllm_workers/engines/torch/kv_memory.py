@@ -24,6 +24,9 @@ class KvMemory:
 
     On the CPU the memory is anonymous pages that the kernel zeroes when first touched: a large pool
     costs nothing at start-up.
+
+    With tensor parallelism the ranks of a host share one such memory, ``pages``: a block has the heads
+    of all of them, and this rank reads and writes ``num_own_heads`` from ``first_head`` on.
     """
 
     def __init__(
@@ -36,31 +39,37 @@ class KvMemory:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        first_head: int = 0,
+        num_own_heads: int | None = None,
+        pages: mmap.mmap | None = None,
     ) -> None:
-        values = num_layers * 2 * num_kv_heads * block_size * head_dim
         self.num_blocks = num_blocks
         self.null_block = num_blocks
-        self.num_kv_heads = num_kv_heads
+        self.num_kv_heads = num_kv_heads if num_own_heads is None else num_own_heads
+        self.layer_stride = 2 * num_kv_heads  # rows of ``head_rows`` from a layer to the next
         self.head_dim = head_dim
         self.block_size = block_size
         self.heads_per_block = num_layers * 2 * num_kv_heads
-        self.layout = KvLayout(
+        self.layout = layout_of(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             block_size=block_size,
-            dtype=str(dtype).removeprefix("torch."),
-            order=ORDER,
-            block_bytes=values * dtype.itemsize,
+            dtype=dtype,
         )
         num_bytes = (num_blocks + 1) * self.layout.block_bytes
-        self._pages = _pages(num_bytes) if device.type == "cpu" else None
+        self._pages = pages
+        if pages is None and device.type == "cpu":
+            self._pages = _private_pages(num_bytes)
         if self._pages is None:
             self.bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         else:
             self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8)
         self._by_block = self.bytes.view(num_blocks + 1, self.layout.block_bytes)
         flat = self.bytes.view(dtype)
+        own = torch.arange(first_head, first_head + self.num_kv_heads)
+        # Which row of a layer's are ours: [K or V, own head].
+        self.own_rows = torch.arange(2).view(2, 1) * num_kv_heads + own
         # One row per (block, layer, K or V, head) and, finer, per token of it.
         self.head_rows = flat.view(-1, block_size * head_dim)
         self.token_rows = flat.view(-1, head_dim)
@@ -99,7 +108,23 @@ class KvMemory:
             raise IndexError(f"block {block_id} is outside the pool of {self.num_blocks}")
 
 
-def _pages(num_bytes: int) -> mmap.mmap:
+def layout_of(
+    *, num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> KvLayout:
+    """Return how a block lies in memory."""
+    values = num_layers * 2 * num_kv_heads * block_size * head_dim
+    return KvLayout(
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=str(dtype).removeprefix("torch."),
+        order=ORDER,
+        block_bytes=values * dtype.itemsize,
+    )
+
+
+def _private_pages(num_bytes: int) -> mmap.mmap:
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # Fewer page faults and TLB misses when gathering; refused where the kernel has none.

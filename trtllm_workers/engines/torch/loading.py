@@ -21,15 +21,16 @@ from trtllm_workers.engines.torch.kv_memory import KvMemory
 from trtllm_workers.engines.torch.linear import PackedLinear, can_pack
 from trtllm_workers.engines.torch.model import Model
 from trtllm_workers.engines.torch.model_config import ModelConfig, read_model_config
+from trtllm_workers.engines.torch.pool_size import block_layout, make_memory
+from trtllm_workers.engines.torch.ranks import ALONE, Ranks
+from trtllm_workers.engines.torch.tensor_parallel import check_divisible
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.observe.logs import get_logger
+from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.types import EngineInfo
 
 log = get_logger(__name__)
 
-# On the CPU the pool shares memory with everything else on the host; its pages are touched only as
-# tokens come.
-CPU_POOL_SHARE = 0.3
 # Below this a model's products take microseconds, less than bringing threads together does; on a
 # busy host waiting for a thread that has lost its core costs milliseconds each time. The number of
 # threads changes no result.
@@ -55,47 +56,49 @@ class Loaded:
     deterministic: bool
     any_num_threads: bool
 
+    def kv_pool(self) -> KvPool | None:
+        """Return the blocks as transports see them; None where not all of them are in host memory."""
+        return self.memory.kv_pool() if self.memory.layout == self.info.layout else None
+
 
 def load(
     folder: Path,
     config: EngineConfig,
     on_progress: Callable[[float], None],
     num_threads: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Loaded:
-    """Load a model folder. Raises ConfigError for what the operator can mend.
+    """Load a model folder, or one rank's part of it; all ranks call it at the same time.
 
-    Sets torch's thread count, for the process, to ``num_threads`` or what suits the model.
+    Raises ConfigError, on every rank, for what the operator can mend. Sets torch's thread count, for
+    the process, to ``num_threads`` or what suits the model.
     """
-    model_config = read_model_config(folder)
-    weights_bytes = sum(path.stat().st_size for path in weight_files(folder))
-    small = weights_bytes < _ONE_THREAD_BYTES
-    torch.set_num_threads(num_threads or (1 if small else _ALL_THREADS))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = _dtype(config, model_config, device)
-    max_seq_len = _max_seq_len(config, model_config)
-    model, deterministic = _load_model(
-        folder, model_config, device, dtype, max_seq_len, config, on_progress, small=small
+    plan = ranks.together(lambda: _plan(folder, config, ranks))
+    _check_alike(plan, config, ranks)
+    torch.set_num_threads(num_threads or (1 if plan.is_small else _ALL_THREADS))
+    model, deterministic = _load_model(folder, plan, config, on_progress, ranks)
+    memory = make_memory(
+        config, plan.model_config, plan.dtype, plan.device, plan.max_seq_len, ranks
     )
-    num_blocks = _num_blocks(config, model_config, dtype, device, max_seq_len)
-    block_size: int = config["kv_cache_config.tokens_per_block"]
-    memory = _memory(model_config, num_blocks, block_size, dtype, device)
+    layout = block_layout(config, plan.model_config, plan.dtype)
     info = EngineInfo(
         engine="torch",
         model_path=str(folder),
-        model_id=model_id_of(folder),
-        block_size=block_size,
-        num_blocks=num_blocks,
-        max_seq_len=min(max_seq_len, num_blocks * block_size),
+        model_id=plan.model_id,
+        block_size=memory.block_size,
+        num_blocks=memory.num_blocks,
+        max_seq_len=min(plan.max_seq_len, memory.num_blocks * memory.block_size),
         max_batch_size=config["max_batch_size"],
         max_num_tokens=config["max_num_tokens"],
-        vocab_size=model_config.vocab_size,
-        eos_token_ids=model_config.eos_token_ids,
+        vocab_size=plan.model_config.vocab_size,
+        eos_token_ids=plan.model_config.eos_token_ids,
         capabilities=CAPABILITIES,
-        layout=memory.layout,
-        device=str(device),
-        dtype=memory.layout.dtype,
+        layout=layout,
+        device=str(plan.device),
+        dtype=layout.dtype,
     )
-    any_num_threads = ForwardCheck(model, block_size).threads_do_not_matter()
+    any_num_threads = ranks.all(ForwardCheck(model, memory.block_size).threads_do_not_matter())
+    loaded = Loaded(model, memory, info, deterministic, any_num_threads)
     log.info(
         "model loaded",
         model=info.model_id,
@@ -103,45 +106,111 @@ def load(
         dtype=info.dtype,
         packed=model.packed,
         deterministic=deterministic,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        pool_mib=(num_blocks * memory.layout.block_bytes) >> 20,
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        pool_mib=(info.num_blocks * memory.layout.block_bytes) >> 20,
         num_threads=torch.get_num_threads(),
+        rank=ranks.rank,
+        num_ranks=ranks.size,
     )
-    return Loaded(model, memory, info, deterministic, any_num_threads)
+    if loaded.kv_pool() is None:
+        log.info("KV blocks cannot be moved by a transport", reason=_why_no_pool(plan.device))
+    return loaded
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a rank wants to load, before it reads a weight."""
+
+    model_config: ModelConfig
+    model_id: str
+    device: torch.device
+    dtype: torch.dtype
+    can_pack: bool
+    max_seq_len: int
+    is_small: bool
+
+
+def _plan(folder: Path, config: EngineConfig, ranks: Ranks) -> _Plan:
+    model_config = read_model_config(folder)
+    check_divisible(model_config, ranks.size, config.source("tensor_parallel_size"), folder)
+    weights_bytes = sum(path.stat().st_size for path in weight_files(folder)) // ranks.size
+    device = _device(ranks)
+    dtype = _dtype(config, model_config, device)
+    return _Plan(
+        model_config=model_config,
+        model_id=model_id_of(folder),
+        device=device,
+        dtype=dtype,
+        can_pack=can_pack(device, dtype),
+        max_seq_len=_max_seq_len(config, model_config),
+        is_small=weights_bytes < _ONE_THREAD_BYTES,
+    )
+
+
+def _check_alike(plan: _Plan, config: EngineConfig, ranks: Ranks) -> None:
+    """Raise ConfigError, on every rank, where ranks would compute different things."""
+    ours = {
+        "model": plan.model_id,
+        "device": plan.device.type,
+        "dtype": str(plan.dtype),
+        "packed": str(plan.can_pack),
+        **{key: repr(setting.value) for key, setting in config.settings.items()},
+    }
+    everybody = ranks.gather(ours)
+    for rank, theirs in enumerate(everybody):
+        for name, value in everybody[0].items():
+            if theirs.get(name) != value:
+                raise ConfigError(
+                    f"the ranks of this worker differ: {name} is {value} on rank 0 and "
+                    f"{theirs.get(name)} on rank {rank}; all need equal model folders, engine configs "
+                    "and processors"
+                )
+
+
+def _device(ranks: Ranks) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if ranks.size == 1:
+        return torch.device("cuda")
+    return torch.device("cuda", ranks.rank % torch.cuda.device_count())
+
+
+def _why_no_pool(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "they are in device memory, which this engine does not export yet"
+    return "the ranks of this worker are on several hosts, each with its own heads' part"
 
 
 def _load_model(
     folder: Path,
-    model_config: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    max_seq_len: int,
+    plan: _Plan,
     config: EngineConfig,
     on_progress: Callable[[float], None],
-    *,
-    small: bool,
+    ranks: Ranks,
 ) -> tuple[Model, bool]:
     """Load with the fastest kernels that keep rows apart; with slower ones if those do not."""
-    for pack in (True, False):
-        with Checkpoint(folder, dtype, on_progress) as checkpoint:
+
+    def read(pack: bool) -> Model:
+        with Checkpoint(folder, plan.dtype, on_progress) as checkpoint:
             model = Model(
-                model_config,
+                plan.model_config,
                 checkpoint,
-                device=device,
-                dtype=dtype,
-                max_positions=max_seq_len,
+                device=plan.device,
+                dtype=plan.dtype,
+                max_positions=plan.max_seq_len,
                 pack=pack,
+                ranks=ranks,
             )
-        if not small:
+        if not plan.is_small:
             _use_huge_pages(model)
-        if products_are_invariant(model):
-            break
-        if pack and model.packed:
-            log.warning("packed weights depend on the batch here; loading again without packing")
-            continue
-        break
-    return model, _settle_attention(model, config["kv_cache_config.tokens_per_block"])
+        return model
+
+    model = ranks.together(lambda: read(pack=True))
+    if not ranks.all(products_are_invariant(model)) and plan.can_pack:
+        log.warning("packed weights depend on the batch here; loading again without packing")
+        model = ranks.together(lambda: read(pack=False))
+    return model, _settle_attention(model, config["kv_cache_config.tokens_per_block"], ranks)
 
 
 def _use_huge_pages(model: Model) -> None:
@@ -153,12 +222,12 @@ def _use_huge_pages(model: Model) -> None:
     log.debug("weights on huge pages", collapsed=pages.num_collapsed)
 
 
-def _settle_attention(model: Model, block_size: int) -> bool:
+def _settle_attention(model: Model, block_size: int, ranks: Ranks) -> bool:
     """Choose attention's row padding; return whether logits now depend on nothing but the prompt."""
     everything = QUERY_TILE * model.config.group
     for min_rows in (None, everything):
         model.min_rows = min_rows
-        if ForwardCheck(model, block_size).is_invariant():
+        if ranks.all(ForwardCheck(model, block_size).is_invariant()):
             return True
     model.min_rows = None
     log.warning(
@@ -196,89 +265,3 @@ def _max_seq_len(config: EngineConfig, model_config: ModelConfig) -> int:
             param="max_seq_len",
         )
     return asked or limit
-
-
-def _num_blocks(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_seq_len: int,
-) -> int:
-    block_size: int = config["kv_cache_config.tokens_per_block"]
-    block_bytes = (
-        model_config.num_layers
-        * 2
-        * model_config.num_kv_heads
-        * model_config.head_dim
-        * block_size
-        * dtype.itemsize
-    )
-    max_tokens: int | None = config["kv_cache_config.max_tokens"]
-    if max_tokens is not None:
-        return _explicit_blocks(config, max_tokens, block_size, block_bytes, device)
-    wanted: int = config["max_batch_size"] * -(-max_seq_len // block_size)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        room = int(free * config["kv_cache_config.free_gpu_memory_fraction"])
-    else:
-        room = int(available_ram_bytes() * CPU_POOL_SHARE)
-    return max(1, min(wanted, room // block_bytes - 1))
-
-
-def _explicit_blocks(
-    config: EngineConfig, max_tokens: int, block_size: int, block_bytes: int, device: torch.device
-) -> int:
-    key = "kv_cache_config.max_tokens"
-    if max_tokens < block_size:
-        raise ConfigError(
-            f"{key} {max_tokens} ({config.source(key)}) is less than one block of {block_size} "
-            "tokens (kv_cache_config.tokens_per_block); raise it",
-            param=key,
-        )
-    num_blocks = max_tokens // block_size
-    needed = (num_blocks + 1) * block_bytes
-    on_cpu = device.type == "cpu"
-    room = available_ram_bytes() if on_cpu else torch.cuda.mem_get_info(device)[0]
-    if needed > room:
-        raise ConfigError(
-            f"{key} {max_tokens} ({config.source(key)}) asks for {needed / 2**30:.1f} GiB of KV, but "
-            f"{room / 2**30:.1f} GiB are free on {device}; lower it",
-            param=key,
-        )
-    return num_blocks
-
-
-def available_ram_bytes() -> int:
-    """Return what Linux says could be used without swapping, container limits included."""
-    available = 1 << 62
-    try:
-        with Path("/proc/meminfo").open(encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    available = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        if limit != "max":
-            available = min(available, max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass
-    return available if available < 1 << 62 else 4 << 30
-
-
-def _memory(
-    model_config: ModelConfig,
-    num_blocks: int,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> KvMemory:
-    return KvMemory(
-        num_blocks,
-        num_layers=model_config.num_layers,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
-        block_size=block_size,
-        dtype=dtype,
-        device=device,
-    )

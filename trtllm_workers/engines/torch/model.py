@@ -6,18 +6,19 @@ independently (see ``linear.py`` and ``attention.py`` for the two where that tak
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
 from trtllm_workers.engines.torch.attention import AttentionPlan, Span
-from trtllm_workers.engines.torch.checkpoint import Checkpoint
+from trtllm_workers.engines.torch.checkpoint import Checkpoint, Part
 from trtllm_workers.engines.torch.kv_memory import KvMemory
 from trtllm_workers.engines.torch.linear import Linear, can_pack, make_linear
 from trtllm_workers.engines.torch.model_config import ModelConfig
+from trtllm_workers.engines.torch.ranks import ALONE, Ranks
 from trtllm_workers.engines.torch.rope import pair_up, rotate, rotation_table
+from trtllm_workers.engines.torch.tensor_parallel import SummedLinear, share_of
 
 
 @dataclass(slots=True)
@@ -43,7 +44,11 @@ class _Layer:
 
 
 class Model:
-    """Weights on ``device``, packed for its kernels, and the forward pass."""
+    """Weights on ``device``, packed for its kernels, and the forward pass.
+
+    With several ranks it is this rank's part: ``config`` has the heads that are here, and all ranks
+    run ``forward`` at the same time.
+    """
 
     def __init__(
         self,
@@ -54,8 +59,11 @@ class Model:
         dtype: torch.dtype,
         max_positions: int,
         pack: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config = config
+        self._whole = config
+        self._ranks = ranks
+        self.config = share_of(config, ranks)
         self.device = device
         self.dtype = dtype
         self.packed = pack and can_pack(device, dtype)
@@ -67,19 +75,22 @@ class Model:
         embedding = checkpoint.take(
             "model.embed_tokens.weight", config.vocab_size, config.hidden_size
         )
-        head = embedding
-        if not config.tied_embeddings:
-            head = checkpoint.take("lm_head.weight", config.vocab_size, config.hidden_size)
-        self.head = self._pack(head, None)
+        # Only rank 0 samples.
+        self.head: Linear | None = None
+        if ranks.rank == 0:
+            head = embedding
+            if not config.tied_embeddings:
+                head = checkpoint.take("lm_head.weight", config.vocab_size, config.hidden_size)
+            self.head = self._pack(head, None)
         self._embedding = embedding.to(device, copy=True)
         self._rotations = rotation_table(config.rope, config.head_dim, max_positions).to(device)
         del self._checkpoint
 
     @property
     def linears(self) -> list[Linear]:
-        """Every layer's four products, in order; the head is not among them."""
+        """Every layer's four products, in order, as far as this rank computes them; not the head."""
         return [
-            linear
+            linear.part if isinstance(linear, SummedLinear) else linear
             for layer in self._layers
             for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
         ]
@@ -90,6 +101,7 @@ class Model:
     ) -> torch.Tensor:
         """Return logits [len(last_rows), vocab] and write the rows' K and V to ``memory``.
 
+        Ranks above 0 return what they would be computed from: [len(last_rows), hidden].
         ``num_layers`` stops after the first layers: for checks, where all layers are alike.
         """
         config = self.config
@@ -106,10 +118,11 @@ class Model:
             x = self._attend(x, index, layer, rotation, slots, plans[layer.window], memory)
             x = self._transform(x, layer)
         if not batch.last_rows:
-            return x.new_empty((0, config.vocab_size))
+            return x.new_empty((0, config.hidden_size if self.head is None else config.vocab_size))
         if len(batch.last_rows) != len(batch.positions):
             x = x.index_select(0, torch.tensor(batch.last_rows, device=device))
-        return self.head(self._normed(x, self._norm))
+        x = self._normed(x, self._norm)
+        return x if self.head is None else self.head(x)
 
     def _attend(
         self,
@@ -144,19 +157,20 @@ class Model:
 
     def _slots(self, batch: Batch, memory: KvMemory) -> torch.Tensor:
         """Return rows of ``memory.token_rows``: [layer, K or V, batch row × KV head]."""
-        size, kv_heads = memory.block_size, memory.num_kv_heads
+        size = memory.block_size
         firsts = [
             span.blocks[position // size] * memory.heads_per_block * size + position % size
             for span in batch.spans
             for position in range(span.start, span.start + span.count)
         ]
-        heads = torch.arange(memory.heads_per_block).view(-1, 2, 1, kv_heads) * size
+        layers = torch.arange(self.config.num_layers).view(-1, 1, 1, 1) * memory.layer_stride
+        heads = (layers + memory.own_rows.view(1, 2, 1, -1)) * size
         return (torch.tensor(firsts).view(-1, 1) + heads).flatten(2).to(self.device)
 
     # --- loading -------------------------------------------------------------------------------
 
     def _load_layer(self, index: int) -> _Layer:
-        config = self.config
+        config = self._whole
         name = f"model.layers.{index}"
         hidden, inner = config.hidden_size, config.intermediate_size
         q_size = config.num_heads * config.head_dim
@@ -165,16 +179,14 @@ class Model:
             input_norm=self._vector(f"{name}.input_layernorm.weight", hidden),
             qkv=self._load_qkv(f"{name}.self_attn"),
             qk_norm=self._load_qk_norm(f"{name}.self_attn") if config.qk_norm else None,
-            out=self._linear(f"{name}.self_attn.o_proj", hidden, q_size, config.o_bias),
+            out=self._summed(f"{name}.self_attn.o_proj", hidden, q_size, config.o_bias),
             post_norm=self._vector(f"{name}.post_attention_layernorm.weight", hidden),
-            gate_up=self._linears(
-                [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"], inner, hidden, config.mlp_bias
-            ),
-            down=self._linear(f"{name}.mlp.down_proj", hidden, inner, config.mlp_bias),
+            gate_up=self._gate_up(f"{name}.mlp", inner, hidden, config.mlp_bias),
+            down=self._summed(f"{name}.mlp.down_proj", hidden, inner, config.mlp_bias),
         )
 
     def _load_qkv(self, name: str) -> Linear:
-        config = self.config
+        config = self._whole
         weights: list[torch.Tensor] = []
         biases: list[torch.Tensor] = []
         for part, num_heads in (
@@ -183,9 +195,9 @@ class Model:
             ("v", config.num_kv_heads),
         ):
             size = num_heads * config.head_dim
-            found = [self._checkpoint.take(f"{name}.{part}_proj.weight", size, config.hidden_size)]
+            found = [self._rows(f"{name}.{part}_proj.weight", size, config.hidden_size)]
             if config.qkv_bias:
-                found.append(self._checkpoint.take(f"{name}.{part}_proj.bias", size))
+                found.append(self._rows(f"{name}.{part}_proj.bias", size))
             if part != "v":
                 found = [pair_up(tensor, config.head_dim) for tensor in found]
             weights.append(found[0])
@@ -204,13 +216,31 @@ class Model:
         ]
         return torch.cat(norms).to(self.device)
 
-    def _linear(self, name: str, rows: int, columns: int, bias: bool) -> Linear:
-        return self._linears([name], rows, columns, bias)
-
-    def _linears(self, names: Seq[str], rows: int, columns: int, bias: bool) -> Linear:
-        weights = [self._checkpoint.take(f"{name}.weight", rows, columns) for name in names]
-        biases = [self._checkpoint.take(f"{name}.bias", rows) for name in names if bias]
+    def _gate_up(self, name: str, rows: int, columns: int, bias: bool) -> Linear:
+        names = [f"{name}.gate_proj", f"{name}.up_proj"]
+        weights = [self._rows(f"{each}.weight", rows, columns) for each in names]
+        biases = [self._rows(f"{each}.bias", rows) for each in names if bias]
         return self._pack(torch.cat(weights), torch.cat(biases) if biases else None)
+
+    def _summed(self, name: str, rows: int, columns: int, bias: bool) -> Linear:
+        """Load a product whose inputs are cut over ranks."""
+        found = self._checkpoint.take(f"{name}.bias", rows) if bias else None
+        part = self._part(1, columns)
+        weight = self._checkpoint.take(f"{name}.weight", rows, columns, part=part)
+        if part is None:
+            return self._pack(weight, found)
+        on_device = None if found is None else found.to(self.device, copy=True)
+        return SummedLinear(self._pack(weight, None), on_device, self._ranks)
+
+    def _rows(self, name: str, *shape: int) -> torch.Tensor:
+        """Load this rank's rows of a weight or bias."""
+        return self._checkpoint.take(name, *shape, part=self._part(0, shape[0]))
+
+    def _part(self, axis: int, size: int) -> Part | None:
+        if self._ranks.size == 1:
+            return None
+        count = size // self._ranks.size
+        return Part(axis, self._ranks.rank * count, count)
 
     def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         return make_linear(weight, bias, device=self.device, packed=self.packed)

@@ -16,10 +16,13 @@ from trtllm_workers.engines.base import EngineOptions
 from trtllm_workers.engines.torch.core import Core, Result
 from trtllm_workers.engines.torch.loading import load
 from trtllm_workers.engines.torch.orders import Add, Order, carry_out
+from trtllm_workers.engines.torch.lockstep import Leader
 from trtllm_workers.engines.torch.pool import Change
+from trtllm_workers.engines.torch.ranks import ALONE, join
+from trtllm_workers.engines.torch.settings import num_threads_of
 from trtllm_workers.engines.torch.streams import Stream
 from trtllm_workers.engines.torch.threads import ThreadGovernor
-from trtllm_workers.errors import ConfigError, EngineDead, LaunchError, StartError
+from trtllm_workers.errors import EngineDead, LaunchError, StartError
 from trtllm_workers.observe.logs import get_logger
 from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.types import EngineInfo, EngineStats, FinishReason, Reservation, TokenChunk
@@ -86,6 +89,7 @@ class Runner:
         self._ended = ended
         self._orders: queue.SimpleQueue[Order[Stream] | _Ask | None] = queue.SimpleQueue()
         self._asked: list[_Ask] = []
+        self._ranks = ALONE
         self._stopping = threading.Event()
         self._num_taken = 0
         self._room = threading.Semaphore(1)
@@ -130,8 +134,9 @@ class Runner:
     def _load(self) -> Core[Stream] | None:
         config = self._options.config
         try:
-            num_threads = _num_threads(self._options.extra.get("num_threads"))
-            loaded = load(self._options.model_path, config, self._progress, num_threads)
+            ranks = self._ranks = join(config["tensor_parallel_size"])
+            num_threads = ranks.together(lambda: num_threads_of(self._options.extra))
+            loaded = load(self._options.model_path, config, self._progress, num_threads, ranks)
         except LaunchError as error:
             self._started(error)
             return None
@@ -140,6 +145,7 @@ class Runner:
             return None
         except Exception as error:  # the thread's border: start() raises it
             log.error("loading failed", exc_info=True)
+            self._ranks.abort_at_exit()
             self._started(StartError(f"the torch engine could not load its model: {error!r}"))
             return None
         core: Core[Stream] = Core(
@@ -148,7 +154,7 @@ class Runner:
             reuse=config["kv_cache_config.enable_block_reuse"],
         )
         self._tell(core, [])
-        self._started(Ready(loaded.info, loaded.memory.kv_pool()))
+        self._started(Ready(loaded.info, loaded.kv_pool()))
         return core
 
     def _progress(self, share: float) -> None:
@@ -160,10 +166,12 @@ class Runner:
         may_change = core.loaded.any_num_threads
         num_threads = torch.get_num_threads() if may_change else 1  # the governor leaves 1 alone
         governor = ThreadGovernor(num_threads, torch.set_num_threads)
+        leader = Leader(self._ranks)
         try:
             while not self._stopping.is_set():
-                results = self._take_orders(core)
+                results = self._take_orders(core, leader)
                 if not core.is_idle and not self._stopping.is_set():
+                    leader.go(core)
                     results += core.plan()
                 if core.has_step:
                     if any(isinstance(result, Reservation) for _stream, result in results):
@@ -171,18 +179,22 @@ class Runner:
                         self._tell(core, results)
                         results = []
                     governor.before_step()
-                    results += core.finish(core.compute())
+                    chosen = core.compute()
+                    leader.chose(chosen)
+                    results += core.finish(chosen)
                     governor.after_step()
                 self._tell(core, results)
                 while self._asked:  # after the step's stats, so that the two agree
                     self._asked.pop().answer(core.holdings())
+            leader.stop()
             self._tell(core, [*core.abort_all()])
         except Exception as error:  # the thread's border: the engine dies of it
             log.error("the engine died", exc_info=True)
+            self._ranks.abort_at_exit()
             death = EngineDead(f"the torch engine cannot go on: a step failed with {error!r}")
             self._tell(core, [(s, _dead(c, death)) for s, c in core.abort_all()], death)
 
-    def _take_orders(self, core: Core[Stream]) -> Results:
+    def _take_orders(self, core: Core[Stream], leader: Leader) -> Results:
         """Take all orders there are; wait for one when there is nothing else to do."""
         ended: Results = []
         took_any = False
@@ -198,6 +210,7 @@ class Runner:
                 self._asked.append(order)
                 continue
             self._num_taken += isinstance(order, Add)
+            leader.took(order)
             chunk = carry_out(core, order)
             if chunk is not None:
                 ended.append((order.key, chunk))
@@ -223,13 +236,3 @@ def _dead(chunk: TokenChunk, death: EngineDead) -> TokenChunk:
         error_code=EngineDead.code,
         error_message=str(death),
     )
-
-
-def _num_threads(asked: str | None) -> int | None:
-    if asked is None:
-        return None
-    if not asked.isdecimal() or not int(asked):
-        raise ConfigError(
-            f"num_threads must be a positive whole number, not '{asked}'", param="num_threads"
-        )
-    return int(asked)

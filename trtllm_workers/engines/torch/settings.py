@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from trtllm_workers.config.keys import Key
+from trtllm_workers.errors import ConfigError
 
 KEYS: dict[str, Key] = {
     "backend": Key(
@@ -26,7 +29,7 @@ KEYS: dict[str, Key] = {
         "what weights and KV are computed in; auto takes the checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
     ),
-    "tensor_parallel_size": Key(int, 1, "ranks that share the model", minimum=1, maximum=1),
+    "tensor_parallel_size": Key(int, 1, "ranks that share the model", minimum=1),
     "pipeline_parallel_size": Key(int, 1, "stages of layers", minimum=1, maximum=1),
     "trust_remote_code": Key(
         bool,
@@ -59,3 +62,15 @@ KEYS: dict[str, Key] = {
         str, "auto", "what KV is stored in; auto is the model's", choices=("auto",)
     ),
 }
+
+
+def num_threads_of(extra: Mapping[str, str]) -> int | None:
+    """Return the engine option ``num_threads``; None: what suits the model. Raises ConfigError."""
+    asked = extra.get("num_threads")
+    if asked is None:
+        return None
+    if not asked.isdecimal() or not int(asked):
+        raise ConfigError(
+            f"num_threads must be a positive whole number, not '{asked}'", param="num_threads"
+        )
+    return int(asked)

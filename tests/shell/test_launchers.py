@@ -1,4 +1,4 @@
-"""launch/agg.sh with a fake command in its place: which one it takes, and what it passes on."""
+"""Every launcher with a fake command in its place: which one it takes, and what it passes on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 
-LAUNCHER = Path(__file__).parents[2] / "launch" / "agg.sh"
+FOLDER = Path(__file__).parents[2] / "launch"
+# What each adds to the command; agg.sh is the plain one.
+WORDS = {"agg.sh": ["up"], "disagg.sh": ["up", "--disaggregated"]}
 AWKWARD = ["a model", "it's", 'say "hi"', "a;b", "$HOME", "new\nline", "*", "-n", ""]
 FAKE = """#!/bin/bash
 printf '%s\\0' "$@" > "$CALLS"
 printf '%s\\0' "$MODEL_PATH" > "$CALLS.model"
 exit 7
 """
+
+
+@pytest.fixture(params=sorted(WORDS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
@@ -47,52 +54,60 @@ def words_of(path: Path) -> list[str]:
     return path.read_text().split("\0")[:-1]
 
 
-def copied_launcher(tmp_path: Path) -> Path:
+def copied_launcher(tmp_path: Path, name: str) -> Path:
     """Return a launcher in a checkout of its own, without an environment beside it."""
     folder = tmp_path / "check out" / "launch"
     folder.mkdir(parents=True)
-    copy = folder / "agg.sh"
-    copy.write_text(LAUNCHER.read_text())
+    copy = folder / name
+    copy.write_text((FOLDER / name).read_text())
     copy.chmod(0o755)
     return copy
 
 
-def test_launcher_is_short_and_keeps_to_the_rules() -> None:
-    text = LAUNCHER.read_text()
+def test_every_launcher_is_tested() -> None:
+    assert {path.name for path in FOLDER.glob("*.sh")} == set(WORDS)
+
+
+def test_launcher_is_short_and_keeps_to_the_rules(name: str) -> None:
+    text = (FOLDER / name).read_text()
     assert len(text.splitlines()) <= 30
     assert "set -euo pipefail" in text
-    assert 'exec "$cli" up "$@"' in text
-    assert os.access(LAUNCHER, os.X_OK)
+    assert f'exec "$cli" {" ".join(WORDS[name])} "$@"' in text
+    assert f"launch/{name} --dry-run" in text
+    assert os.access(FOLDER / name, os.X_OK)
 
 
 @pytest.mark.parametrize("word", AWKWARD)
 def test_launcher_passes_words_and_variables_through_unchanged(
-    word: str, tmp_path: Path, calls: Path
+    name: str, word: str, tmp_path: Path, calls: Path
 ) -> None:
     venv = fake_cli(tmp_path / "my venv" / "bin").parent
-    done = run(LAUNCHER, "--set", word, calls=calls, TRTLLM_LAUNCH_VENV=str(venv), MODEL_PATH=word)
+    env = {"TRTLLM_LAUNCH_VENV": str(venv), "MODEL_PATH": word}
+    done = run(FOLDER / name, "--set", word, calls=calls, **env)
     assert done.returncode == 7, done.stderr
-    assert words_of(calls) == ["up", "--set", word]
+    assert words_of(calls) == [*WORDS[name], "--set", word]
     assert words_of(Path(f"{calls}.model")) == [word]
 
 
-def test_launcher_takes_the_environment_beside_it(tmp_path: Path, calls: Path) -> None:
-    launcher = copied_launcher(tmp_path)
+def test_launcher_takes_the_environment_beside_it(name: str, tmp_path: Path, calls: Path) -> None:
+    launcher = copied_launcher(tmp_path, name)
     fake_cli(launcher.parents[1] / ".venv" / "bin")
     assert run(launcher, calls=calls).returncode == 7
-    assert words_of(calls) == ["up"]
+    assert words_of(calls) == WORDS[name]
 
 
-def test_launcher_takes_the_command_on_path_last(tmp_path: Path, calls: Path) -> None:
-    launcher = copied_launcher(tmp_path)
+def test_launcher_takes_the_command_on_path_last(name: str, tmp_path: Path, calls: Path) -> None:
+    launcher = copied_launcher(tmp_path, name)
     on_path = fake_cli(tmp_path / "bin")
     path = f"{on_path}:{os.environ['PATH']}"
     assert run(launcher, "--dry-run", calls=calls, PATH=path).returncode == 7
-    assert words_of(calls) == ["up", "--dry-run"]
+    assert words_of(calls) == [*WORDS[name], "--dry-run"]
 
 
-def test_launcher_works_from_anywhere_and_through_a_link(tmp_path: Path, calls: Path) -> None:
-    launcher = copied_launcher(tmp_path)
+def test_launcher_works_from_anywhere_and_through_a_link(
+    name: str, tmp_path: Path, calls: Path
+) -> None:
+    launcher = copied_launcher(tmp_path, name)
     fake_cli(launcher.parents[1] / ".venv" / "bin")
     link = tmp_path / "elsewhere" / "serve"
     link.parent.mkdir()
@@ -102,11 +117,12 @@ def test_launcher_works_from_anywhere_and_through_a_link(tmp_path: Path, calls: 
 
 @pytest.mark.parametrize("named", [False, True])
 def test_launcher_without_an_environment_says_what_to_run(
-    tmp_path: Path, calls: Path, named: bool
+    name: str, tmp_path: Path, calls: Path, named: bool
 ) -> None:
-    launcher = copied_launcher(tmp_path)
+    launcher = copied_launcher(tmp_path, name)
     venv = "/no/venv" if named else ""
     done = run(launcher, calls=calls, PATH="/usr/bin:/bin", TRTLLM_LAUNCH_VENV=venv)
     assert done.returncode == 2
+    assert f"launch/{name}: no trtllm-launch" in done.stderr
     assert f"run 'make setup' in {launcher.parents[1]} first" in done.stderr
     assert ("/no/venv/bin/trtllm-launch" in done.stderr) is named

@@ -1,0 +1,169 @@
+"""The ucx transport: one-sided reads and writes of KV blocks over UCX, through ucxx.
+
+    ucx.py         transport: start, card, connect, close
+    ucx_link.py    one peer: deadlines, failures, when bytes have stopped
+    ucx_worker.py  the UCX worker that moves bytes, driven by ucxx's C++ thread
+    ucx_notify.py  the UCX worker that carries messages, driven by the event loop
+    ucx_card.py    what stands in a card; whether a peer's process lives
+    ucx_native.py  the calls of libucp that ucxx's Python API lacks
+
+What carries the bytes is UCX's choice. On a loopback ``host`` it may use shared memory only: an open UCX
+port would let whoever reaches it read this process, because UCX authenticates nobody. On another ``host``
+UCX takes what its own variables (``UCX_TLS``, ``UCX_NET_DEVICES``) and the hardware allow, so its ports
+belong on a private network.
+
+In one process with mpi4py, import ucxx before it: the mpich and Open MPI wheels bring a libucp of the
+same name, and the second one to be loaded finds the first one's symbols.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import msgspec
+
+from trtllm_workers.errors import TransferError, TransferFailed, TransportUnavailable
+from trtllm_workers.transfer import ucx_native
+from trtllm_workers.transfer.base import KvLink, KvPool, OnNotify, check_layouts
+from trtllm_workers.transfer.ucx_card import (
+    UcxAddress,
+    decode_address,
+    started_ticks,
+    this_host,
+)
+from trtllm_workers.transfer.ucx_link import LinkSetting, UcxLink
+from trtllm_workers.transfer.ucx_notify import Notifier
+from trtllm_workers.transfer.ucx_worker import DataWorker
+from trtllm_workers.types import TransportCard
+
+_TOKEN_BYTES: Final = 32
+_SLOW_THREADS: Final = 4  # connections that may be opened or closed at the same time
+# Shared memory counts as able to report dead peers only with this, and endpoints ask for it.
+_OPTIONS: Final = {"MM_ERROR_HANDLING": "y"}
+# A block of 32 KiB in one message, and few of them: the memory in between stays in the cores' caches.
+_DATA_OPTIONS: Final = {"MM_SEG_SIZE": "33k", "MM_FIFO_SIZE": "64"}
+
+
+def probe() -> None:
+    """Raise TransportUnavailable, saying what is missing, when ucxx cannot be used here."""
+    ucx_native.load()
+
+
+class UcxTransport:
+    """KV blocks over UCX; see ``KvTransport`` for what it guarantees."""
+
+    def __init__(self, *, peer_id: str, host: str, on_notify: OnNotify) -> None:
+        self._peer_id = peer_id
+        self._host = host
+        self._on_notify = on_notify
+        self._card: TransportCard | None = None
+        self._setting: LinkSetting | None = None
+        self._links: set[UcxLink] = set()
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        return "ucx"
+
+    async def start(self, pool: KvPool) -> None:
+        if self._closed or self._setting is not None:
+            raise TransferError("the ucx transport was started or closed before")
+        native = await asyncio.to_thread(ucx_native.load)
+        token = secrets.token_bytes(_TOKEN_BYTES)
+        options = {**_OPTIONS, **_carriers(self._host)}
+        quick = ThreadPoolExecutor(1, thread_name_prefix=f"ucx-start-{self._peer_id}")
+        slow = ThreadPoolExecutor(_SLOW_THREADS, thread_name_prefix=f"ucx-open-{self._peer_id}")
+        with contextlib.ExitStack() as undo:
+            undo.callback(quick.shutdown)
+            undo.callback(slow.shutdown)
+            try:
+                data = DataWorker(native, {**options, **_DATA_OPTIONS}, pool, token)
+                undo.callback(data.close)
+                notifier = Notifier(
+                    native,
+                    options,
+                    peer_id=self._peer_id,
+                    token=token,
+                    on_notify=self._on_notify,
+                )
+            except native.failures as error:
+                raise TransportUnavailable(
+                    f"UCX cannot start on this host ({error}); is /dev/shm mounted and "
+                    "kernel.shmmax above 8 MiB? Or choose another transport"
+                ) from error
+            undo.pop_all()
+        self._setting = LinkSetting(pool, data, notifier, quick, slow, self._links.discard)
+        self._card = TransportCard(
+            transport=self.name,
+            peer_id=self._peer_id,
+            layout=pool.layout,
+            num_blocks=pool.num_blocks,
+            address=msgspec.msgpack.encode(_address(data, notifier, token)),
+        )
+
+    def card(self) -> TransportCard:
+        if self._card is None:
+            raise TransferError("the ucx transport has no card before start")
+        return self._card
+
+    async def connect(self, card: TransportCard, timeout_s: float) -> KvLink:
+        setting = self._setting
+        if setting is None:
+            raise TransferFailed(f"ucx connecting to {card.peer_id}: this transport is not running")
+        check_layouts(setting.pool.layout, card.layout, card.peer_id)
+        if card.transport != self.name:
+            raise TransferFailed(
+                f"{card.peer_id} moves KV blocks over {card.transport}, this worker over ucx; "
+                "give both the same --kv-transport"
+            )
+        link = UcxLink(setting, card, decode_address(card.address, card.peer_id))
+        self._links.add(link)
+        try:
+            await link.open(timeout_s)
+        except BaseException:
+            await link.close()
+            raise
+        return link
+
+    async def close(self) -> None:
+        self._closed = True
+        setting, self._setting = self._setting, None
+        if setting is None:
+            return
+        await asyncio.gather(*(link.close() for link in tuple(self._links)))
+        setting.notifier.close()
+        await asyncio.get_running_loop().run_in_executor(setting.slow, setting.data.close)
+        setting.quick.shutdown()
+        setting.slow.shutdown()
+
+
+def _address(data: DataWorker, notifier: Notifier, token: bytes) -> UcxAddress:
+    pid = os.getpid()
+    return UcxAddress(
+        worker=data.address,
+        notify_worker=notifier.address,
+        pool_address=data.pool_memory.address,
+        pool_key=data.pool_memory.remote_key,
+        hello_address=data.hello_memory.address,
+        hello_key=data.hello_memory.remote_key,
+        token=token,
+        host=this_host(),
+        pid=pid,
+        started_ticks=started_ticks(pid) or 0,
+    )
+
+
+def _carriers(host: str) -> Mapping[str, str]:
+    """Return the UCX options that keep a worker on a loopback host off the network."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    return {"TLS": "shm,self"} if loopback else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from tests.contract.engines import KINDS, EngineKind
 from tests.contract.harness import Harness
+from tests.contract.transports import KINDS as TRANSPORT_KINDS
+from tests.contract.transports import Kind, Stage
 
 _EOS = [1]
 
@@ -34,5 +37,22 @@ async def harness(engine_kind: EngineKind, checkpoints: dict[str, Path]) -> Asyn
         engine_kind.write_checkpoint(folder, _EOS)
         checkpoints[engine_kind.engine] = folder
     made = Harness(engine_kind, folder)
+    yield made
+    await made.close()
+
+
+@pytest.fixture(params=TRANSPORT_KINDS, ids=[kind.name for kind in TRANSPORT_KINDS])
+def transport_kind(request: pytest.FixtureRequest) -> Kind:
+    """Each KV transport in turn that has its package."""
+    kind: Kind = request.param
+    if reason := kind.missing():
+        pytest.skip(reason)
+    return kind
+
+
+@pytest.fixture
+async def stage(transport_kind: Kind, tmp_path: Path) -> AsyncIterator[Stage]:
+    """Our end of a KV transport, and its peers."""
+    made = Stage(transport_kind, lambda: (tmp_path / os.urandom(8).hex()).open("w+b"))
     yield made
     await made.close()

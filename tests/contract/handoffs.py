@@ -19,6 +19,9 @@ from trtllm_workers.types import (
 
 T = TypeVar("T")
 
+# An engine takes in a call within two or three turns of the loop, or of its thread.
+_MANY_TURNS = 20
+
 
 class Once(Generic[T]):
     """What a callback gets that may be called a single time."""
@@ -103,6 +106,13 @@ async def hand_over(
     copy_kv(source, prefilled, target, reserved)
     source.release(request.request_id)
     return resume(target, request, prefilled.first)
+
+
+async def settled(engine: Engine) -> None:
+    """Let an engine that cannot go on find that out."""
+    for _ in range(_MANY_TURNS):
+        await engine.holdings()
+        await asyncio.sleep(0)
 
 
 async def stats_where(engine: Engine, wanted: Callable[[EngineStats], bool]) -> EngineStats:

@@ -20,6 +20,7 @@ from tests.contract.handoffs import (
     holds_nothing,
     pool_of,
     resume,
+    settled,
     stats_where,
 )
 from tests.contract.harness import (
@@ -369,6 +370,7 @@ async def test_reserve_waits_for_room_and_gets_its_turn(harness: Harness) -> Non
     reserved = ask_reserve(engine, request_of(prompt_of(1, 3 * BLOCK_SIZE)))
     behind = ask(engine, prompt_of(2, 5), 2)
     await stats_where(engine, lambda stats: stats.num_waiting == 2)
+    await settled(engine)
     await holds(engine, {pinned.request_id: 7})
     assert not reserved.has_come
     assert not behind.chunks  # it would fit, but does not overtake
@@ -391,8 +393,7 @@ async def test_reserved_streams_count_as_running_and_pinned_ones_do_not(harness:
     stats = await stats_where(engine, lambda stats: stats.num_waiting == 1)
     assert (stats.num_running, stats.pinned_blocks, stats.reserved_blocks) == (1, 6, 2)
     steps = stats.num_steps
-    for _ in range(50):
-        await engine.holdings()
+    await settled(engine)
     assert not waiting.chunks
     assert engine.stats().num_steps == steps  # an engine that only holds blocks takes no step
     engine.abort(reserved.request_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.contract.handoffs import (
     holds,
     holds_nothing,
     resume,
+    settled,
     stats_where,
 )
 from tests.contract.harness import (
@@ -233,14 +235,44 @@ async def test_abort_of_a_waiting_reservation_lets_those_behind_it_run(harness: 
     reserving = ask_reserve(engine, request_of(prompt_of(1, 4 * BLOCK_SIZE)))
     behind = ask(engine, prompt_of(2, 5), 2)
     await stats_where(engine, lambda stats: stats.num_waiting == 2)
+    await settled(engine)
+    assert not behind.chunks
     engine.abort(reserving.request_id)
     ended = (await reserving.result()).ended
     assert ended is not None
     assert ended.finish_reason is FinishReason.ABORT
     assert len((await behind.end()).tokens) == 2
     await holds(engine, {pinned.request_id: 6})
+    last = ask_reserve(engine, request_of(prompt_of(3, 4 * BLOCK_SIZE)))
+    await settled(engine)
+    assert not last.has_come
     engine.abort(pinned.request_id)
+    assert len((await last.result()).block_ids) == 4
+    engine.abort(last.request_id)
     await holds_nothing(engine)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "reserve"])
+async def test_an_abort_of_one_by_the_other_s_deliver_is_told_or_comes_too_late(
+    harness: Harness, phase: str
+) -> None:
+    engine = await harness.start()
+    requests = [request_of(prompt_of(i, 20)) for i in range(2)]
+    held: list[bool] = []
+
+    def aborting(other: str) -> Callable[[Prefilled | Reservation], None]:
+        def deliver(found: Prefilled | Reservation) -> None:
+            held.append(bool(found.block_ids))
+            engine.abort(other)
+
+        return deliver
+
+    begin = engine.prefill if phase == "prefill" else engine.reserve
+    for request, other in zip(requests, reversed(requests), strict=True):
+        begin(request, aborting(other.request_id))
+    await tokens_of(engine, prompt_of(2, 20))
+    await holds_nothing(engine)
+    assert held == [True, False]
 
 
 @pytest.mark.parametrize("brought", [True, False])
@@ -374,6 +406,18 @@ async def test_close_ends_every_phase(harness: Harness) -> None:
         check_refuses(engine, once.request_id)
     assert await engine.holdings() == {}
     check_sum(engine.stats())
+
+
+async def test_close_right_after_resume_delivers_nothing_after_the_end(harness: Harness) -> None:
+    engine, source = await harness.start(), await harness.start()
+    request = request_of(prompt_of(0, 40), 100)
+    prefilled = await ask_prefill(source, request).result()
+    reserved = await ask_reserve(engine, request).result()
+    copy_kv(source, prefilled, engine, reserved)
+    answer = resume(engine, request, prefilled.first)
+    await engine.close()
+    await settled(source)
+    assert (await answer.end()).finish_reason is FinishReason.ABORT
 
 
 async def test_death_ends_every_phase(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:

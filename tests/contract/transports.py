@@ -12,15 +12,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
+import pytest
 
 from tests.fakes.transport_peer import fill, make_layout, make_pool, pattern
+from trtllm_workers.errors import TransferFailed
 from trtllm_workers.transfer.base import KvLink, KvPool, KvTransport
 from trtllm_workers.transfer.registry import open_transport
 from trtllm_workers.types import TransportCard
@@ -29,15 +32,20 @@ DEADLINE_S = 20.0
 ROOT = Path(__file__).resolve().parents[2]
 NUM_BLOCKS = 48
 BLOCK_BYTES = 4096
+SHORT_S = 0.4  # the deadline of what is meant to miss it
+SLACK_S = 5.0  # a shared machine may let us wait that long beside it
+BIG_BYTES = 256 * 1024
+MARK = b"\xa5"
 OURS = 1  # seeds: what our pool holds in the beginning
 THEIRS = 2
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One transport. ``packages``: any of them is needed."""
+    """One transport. Any of ``packages`` is needed; ``token_at`` is where an address has its token."""
 
     name: str
+    token_at: int
     packages: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
@@ -49,7 +57,11 @@ class Kind:
         return None
 
 
-KINDS = (Kind("tcp"), Kind("ucx", ("ucxx",)), Kind("nixl", ("nixl_cu12", "nixl_cu13")))
+KINDS = (
+    Kind("tcp", token_at=2),
+    Kind("ucx", token_at=6, packages=("ucxx",)),
+    Kind("nixl", token_at=2, packages=("nixl_cu12", "nixl_cu13")),
+)
 
 
 class Broken(Exception):
@@ -155,6 +167,7 @@ class Stage:
     def __init__(self, kind: Kind, output: Callable[[], IO[bytes]]) -> None:
         self.kind = kind
         self.notes: list[tuple[str, bytes]] = []
+        self.noted = asyncio.Event()
         self._output = output
         self._peers: list[Peer] = []
         self._transports: list[KvTransport] = []
@@ -180,6 +193,7 @@ class Stage:
 
         def on_notify(who: str, message: bytes) -> None:
             self.notes.append((who, message))
+            self.noted.set()
 
         transport = open_transport(self.kind.name, peer_id=peer_id, host=host, on_notify=on_notify)
         self._transports.append(transport)
@@ -199,10 +213,12 @@ class Stage:
         await peer.start(self.kind, num_blocks, block_bytes, host)
         return peer
 
-    async def linked(self, **sizes: int) -> tuple[Peer, KvLink, KvPool]:
+    async def linked(
+        self, *, num_blocks: int = NUM_BLOCKS, block_bytes: int = BLOCK_BYTES
+    ) -> tuple[Peer, KvLink, KvPool]:
         """Return a peer, our link to it and our pool."""
-        peer = await self.peer(**sizes)
-        transport, pool = await self.ours(**sizes)
+        peer = await self.peer(num_blocks=num_blocks, block_bytes=block_bytes)
+        transport, pool = await self.ours(num_blocks=num_blocks, block_bytes=block_bytes)
         return peer, await transport.connect(peer.card, DEADLINE_S), pool
 
     async def close(self) -> None:
@@ -231,15 +247,40 @@ def encoded(card: TransportCard) -> str:
     return base64.b64encode(msgspec.msgpack.encode(card)).decode()
 
 
-def with_other_token(card: TransportCard) -> TransportCard:
-    """Return the card with every secret of its address replaced: each run of 16 bytes or more.
+def with_other_token(kind: Kind, card: TransportCard) -> TransportCard:
+    """Return the card with another token, and all else of its address as it was.
 
-    Worker addresses and memory keys stay, so that only the check of the token can refuse it.
+    So only the check of the token can refuse it.
     """
     address = msgspec.msgpack.decode(card.address)
-    assert isinstance(address, list)
-    changed = [
-        os.urandom(32) if isinstance(part, bytes) and len(part) == 32 else part for part in address
-    ]
-    assert changed != address, "the card holds no token of 32 bytes"
-    return msgspec.structs.replace(card, address=msgspec.msgpack.encode(changed))
+    token = address[kind.token_at]
+    assert len(token) >= 16
+    address[kind.token_at] = os.urandom(len(token))
+    return msgspec.structs.replace(card, address=msgspec.msgpack.encode(address))
+
+
+def untouched(pool: KvPool, but: Set[int] = frozenset()) -> bool:
+    """Return whether our pool still holds what it held, except for some blocks."""
+    return all(
+        bytes(pool.block(block_id)) == ours(block_id, pool.layout.block_bytes)
+        for block_id in range(pool.num_blocks)
+        if block_id not in but
+    )
+
+
+def mark(pool: KvPool) -> None:
+    """Give the whole pool to somebody else."""
+    pool.memory[:] = MARK * len(pool.memory)
+
+
+def marked(pool: KvPool) -> bool:
+    return bytes(pool.memory) == MARK * len(pool.memory)
+
+
+async def fails(operation: Awaitable[object], within_s: float = DEADLINE_S) -> str:
+    """Return the words of the TransferFailed that must come within a time."""
+    began = time.monotonic()
+    with pytest.raises(TransferFailed) as caught:
+        await operation
+    assert time.monotonic() - began < within_s + SLACK_S
+    return str(caught.value)

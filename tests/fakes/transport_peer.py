@@ -70,8 +70,8 @@ class Peer:
         self.links: list[KvLink] = []
 
     def on_notify(self, peer_id: str, message: bytes) -> None:
-        """Note who said what, and how block 0 looks at this moment."""
-        looks = zlib.crc32(self.pool.block(0))
+        """Note who said what, and how the block that the message names looks at this moment."""
+        looks = zlib.crc32(self.pool.block(int(message))) if message.isdigit() else 0
         self.notes.append((peer_id, base64.b64encode(message).decode(), looks))
         self.noted.set()
 

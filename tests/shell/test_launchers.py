@@ -82,8 +82,8 @@ def test_launcher_passes_words_and_variables_through_unchanged(
     name: str, word: str, tmp_path: Path, calls: Path
 ) -> None:
     venv = fake_cli(tmp_path / "my venv" / "bin").parent
-    env = {"TRTLLM_LAUNCH_VENV": str(venv), "MODEL_PATH": word}
-    done = run(FOLDER / name, "--set", word, calls=calls, **env)
+    launcher = FOLDER / name
+    done = run(launcher, "--set", word, calls=calls, TRTLLM_LAUNCH_VENV=str(venv), MODEL_PATH=word)
     assert done.returncode == 7, done.stderr
     assert words_of(calls) == [*WORDS[name], "--set", word]
     assert words_of(Path(f"{calls}.model")) == [word]

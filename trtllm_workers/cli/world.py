@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping
 
 from trtllm_workers.config.keys import EngineConfig
@@ -22,7 +24,20 @@ def rank_in_world(config: EngineConfig) -> int:
 
 
 def follow(settings: Settings, config: EngineConfig, extra: Mapping[str, str]) -> None:
-    """Compute this rank's part of every step until the leader ends."""
+    """Compute this rank's part of every step until the leader ends.
+
+    mpiexec passes TERM and INT on to every rank. The leader drains then, and needs the others to the
+    end; so a rank heeds TERM only when it comes because mpiexec itself is gone.
+    """
+    parent = os.getppid()
+
+    def heed(number: int, _frame: object) -> None:
+        if os.getppid() != parent:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, heed)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     from trtllm_workers.engines.base import EngineOptions
     from trtllm_workers.engines.torch.ranks import run_follower
 

@@ -108,11 +108,18 @@ def _rows(run: Run) -> list[Row]:
     for one in recorded:
         found = by_pid.pop(one.pid, None)
         rows.append(_row(run, one.name, one.role, found[1] if found else None, one.log))
-    names = {one.name for one in recorded}
-    for name, process in sorted(by_pid.values(), key=lambda member: member[0]):
-        # A rank has a name of its own.
-        rows.append(_row(run, f"{name}'s child" if name in names else name, "", process, ""))
+        # mpiexec's helper has the worker's name, a rank one of its own.
+        names = sorted((name, pid) for pid, (name, _) in by_pid.items() if _below(name, one.name))
+        for name, pid in names:
+            own = f"{name}'s child" if name == one.name else name
+            rows.append(_row(run, own, "", by_pid.pop(pid)[1], ""))
+    for name, process in by_pid.values():
+        rows.append(_row(run, name, "", process, ""))
     return rows
+
+
+def _below(name: str, recorded: str) -> bool:
+    return name == recorded or name.startswith(f"{recorded} rank ")
 
 
 def _launcher_row(run: Run) -> Row:

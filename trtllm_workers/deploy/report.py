@@ -68,11 +68,19 @@ def last_lines(name: str, lines: Sequence[str], log: Path | None) -> str:
 
 
 def death(
-    name: str, status: int, *, after_s: float, step: str, lines: Sequence[str], log: Path | None
+    name: str,
+    status: int,
+    *,
+    after_s: float,
+    step: str,
+    lines: Sequence[str],
+    log: Path | None,
+    rank: int | None = None,
 ) -> str:
-    """Return the report about the process whose death ended the run."""
+    """Return the report about the process, or the one rank of it, whose death ended the run."""
+    who = name if rank is None else f"rank {rank} of {name}"
     return (
-        f"{name} {exit_in_words(status)}\n"
+        f"{who} {exit_in_words(status)}\n"
         f"it lived {duration(after_s)} and had come to '{step}'; the run was ended with it\n"
         f"{last_lines(name, lines, log)}"
     )

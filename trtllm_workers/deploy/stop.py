@@ -80,7 +80,7 @@ def stop_run(run: Run, roots: Sequence[Path], *, hurry: bool = False) -> Stopped
     gone_badly = {process.pid for process in (*killed, *left)}
     return Stopped(
         run_id=run.run_id,
-        ended=tuple(sorted(name for pid, name in names.items() if pid not in gone_badly)),
+        ended=tuple(sorted({name for pid, name in names.items() if pid not in gone_badly})),
         killed=tuple(sorted(names[process.pid] for process in killed)),
         left=tuple(f"{names[process.pid]} (pid {process.pid})" for process in left),
         was_stale=not names,

@@ -106,6 +106,14 @@ class Supervisor:
                 return child
         raise KeyError(name)
 
+    async def worlds_watched(self, timeout_s: float) -> None:
+        """Wait until every rank of every world is watched, or the time is over."""
+        worlds = [child.world for child in self.children if child.world is not None]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                for world in worlds:
+                    await world.complete.wait()
+
     async def end(self, grace_s: float, hurry: asyncio.Event) -> list[str]:
         """End everything: TERM to each group, wait up to ``grace_s``, then KILL.
 

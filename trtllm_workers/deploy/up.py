@@ -32,6 +32,8 @@ _START_GRACE_S = 5.0
 # A process drains by itself for drain_timeout_s; then it still has to close its parts.
 _CLOSE_GRACE_S = 5.0
 _GUARD_TIMEOUT_S = 15.0
+# Ranks are found at once, or hidden from us; serving does not wait for them.
+_WORLD_TIMEOUT_S = 1.0
 
 
 @dataclass(slots=True)
@@ -122,6 +124,7 @@ class _Story:
         url = reachable(self._ladder.detail("ingress"))
         self._terminal.say(f"asking {self._plan.model} for one token")
         await probe(url, self._plan.model, self._on_probe_trouble)
+        await self._supervisor.worlds_watched(_WORLD_TIMEOUT_S)
         self._ready = True
         self._note(state="ready", url=url)
         self._terminal.say(
@@ -189,20 +192,18 @@ class _Story:
         assert child.status is not None
         now_s = asyncio.get_running_loop().time()
         self._ladder.observe(child.name, read_status(child.plan.status), now_s)
-        name, status, lines = child.name, child.status, child.output.tail()
+        status, lines, rank = child.status, child.output.tail(), None
         if child.world is not None:
             rank = world.culprit(lines, child.world.first_ended)
-            name = f"{name} (a world of {child.plan.num_ranks} ranks)"
-            if rank is not None:
-                name = f"rank {rank} of {child.name}"
             status, lines = world.exit_status(status, lines), world.without_chatter(lines)
         text = report.death(
-            name,
+            child.name,
             status,
             after_s=child.ended_s - child.started_s,
             step="ready" if self._ready else self._ladder.step(child.name),
             lines=lines,
             log=child.plan.log,
+            rank=rank,
         )
         return EngineDead(text) if self._ready else StartError(text)
 

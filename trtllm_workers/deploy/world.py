@@ -14,7 +14,8 @@ from contextlib import suppress
 
 from trtllm_workers.deploy.run import ranks_of
 
-_LOOK_INTERVAL_S = 0.2
+# Ranks appear within a moment of their mpiexec; then the looking ends.
+_LOOK_INTERVAL_S = 0.05
 _ABORT = re.compile(r"^Abort\(\d+\) on node \d+ \(rank (\d+) in comm")
 _SIGNAL = re.compile(r"APPLICATION TERMINATED WITH THE EXIT STRING: .*\(signal (\d+)\)")
 # mpiexec's own words about the end, which say less than the report they would fill.
@@ -25,7 +26,10 @@ _CHATTER = re.compile(
 
 
 class WorldWatch:
-    """Notes in ``first_ended`` which rank of a world ended first; None: it was not seen."""
+    """Notes in ``first_ended`` which rank of a world ended first; None: it was not seen.
+
+    ``complete`` is set once all ranks are watched.
+    """
 
     def __init__(self, run_id: str, process: str, num_ranks: int) -> None:
         self._run_id = run_id
@@ -33,6 +37,7 @@ class WorldWatch:
         self._num_ranks = num_ranks
         self._handles: dict[int, int] = {}
         self.first_ended: int | None = None
+        self.complete = asyncio.Event()
 
     async def watch(self) -> None:
         """Find the ranks and watch them until cancelled."""
@@ -44,7 +49,9 @@ class WorldWatch:
                     if rank not in self._handles:
                         with suppress(ProcessLookupError):
                             self._add(rank, os.pidfd_open(found.pid))
-                await asyncio.sleep(_LOOK_INTERVAL_S)
+                if len(self._handles) < self._num_ranks:
+                    await asyncio.sleep(_LOOK_INTERVAL_S)
+            self.complete.set()
             await asyncio.Event().wait()
         finally:
             for handle in self._handles.values():

@@ -20,6 +20,7 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -51,10 +52,15 @@ T = TypeVar("T")
 
 
 class NixlDoor(Door, frozen=True, array_like=True):
-    """A door, and what NIXL needs to reach the pool behind it, which begins at ``base``."""
+    """A door, and what NIXL needs to reach the pool behind it, which begins at ``base``.
+
+    ``place`` is equal for processes that can read each other's memory; ``has_rdma`` tells of the host.
+    """
 
     metadata: bytes
     base: int
+    place: str
+    has_rdma: bool
 
 
 class _Session:
@@ -134,17 +140,18 @@ class NixlLink:
         per_post = max(1, _BYTES_PER_POST // self._pool.layout.block_bytes)
 
         async def moves() -> None:
+            end_s = asyncio.get_running_loop().time() + timeout_s
             session = await self._ready()
             for first in range(0, len(remote), per_post):
                 part = slice(first, first + per_post)
                 session.check()
                 try:
                     handle = session.agent.begin(direction, local[part], remote[part])
-                    if handle is not None:
-                        await _finish(session, handle)
-                except BaseException:
+                except TransferFailed:
                     session.tear()
                     raise
+                if handle is not None:
+                    await _finish(session, handle, end_s)
                 await asyncio.sleep(0)
 
         await self._run(what, timeout_s, moves)
@@ -170,12 +177,14 @@ class NixlLink:
             await self._thread.call(self._tear())
 
     async def _tear(self) -> None:
+        if self._session is not None:
+            self._session.tear()
         busy = set(self._busy)
         for task in busy:
             task.cancel()
         if busy:
             await asyncio.wait(busy)
-        if self._session is not None:
+        if self._session is not None:  # one that was being made
             self._session.tear()
 
     def _check(self, what: str, local: Sequence[int], remote: Sequence[int]) -> None:
@@ -234,13 +243,29 @@ class NixlLink:
         return _Session(channel, agent)
 
 
-async def _finish(session: _Session, handle: int) -> None:
-    """Push a transfer on until it is done. Raises TransferFailed when the peer's process ends."""
+async def _finish(session: _Session, handle: int, end_s: float) -> None:
+    """Push a transfer on until it is done; tear the session when that fails.
+
+    When cancelled, what was begun is done first, if it can be by ``end_s``: it is little, and
+    tearing costs the link its other operations. Raises TransferFailed when the peer's process ends.
+    """
     loop = asyncio.get_running_loop()
     eager_until_s = loop.time() + _EAGER_S
-    while not session.agent.done(handle):
-        await asyncio.sleep(0 if loop.time() < eager_until_s else _PAUSE_S)
-        session.check()
+    cancelled: asyncio.CancelledError | None = None
+    try:
+        while not session.agent.done(handle):
+            if cancelled is not None and loop.time() >= end_s:
+                raise cancelled
+            try:
+                await asyncio.sleep(0 if loop.time() < eager_until_s else _PAUSE_S)
+            except asyncio.CancelledError as error:
+                cancelled = error
+            session.check()
+    except BaseException:
+        session.tear()
+        raise
+    if cancelled is not None:
+        raise cancelled
 
 
 class NixlTransport:
@@ -277,7 +302,13 @@ class NixlTransport:
         self._agent = Agent(bindings, pool, self._peer_id, serves=True)
         door = listener.door
         self._door = NixlDoor(
-            door.host, door.port, door.token, self._agent.metadata(), self._agent.base
+            host=door.host,
+            port=door.port,
+            token=door.token,
+            metadata=self._agent.metadata(),
+            base=self._agent.base,
+            place=_place(),
+            has_rdma=_has_rdma(),
         )
 
     async def _serve(self, channel: Channel) -> None:
@@ -308,11 +339,27 @@ class NixlTransport:
             )
         check_layouts(self._pool.layout, card.layout, card.peer_id)
         door = read_door(card, NixlDoor)
+        self._check_wire(card.peer_id, door)
         link = NixlLink(self._thread, self._pool, self._peer_id, card, door)
         await link.open(timeout_s)
         self._links = [other for other in self._links if not other.closed]
         self._links.append(link)
         return link
+
+    def _check_wire(self, peer_id: str, door: NixlDoor) -> None:
+        """Raise TransferFailed when NIXL could only use UCX's emulation of reads over TCP.
+
+        There a reader that dies or gives up in mid-read ends the *owner's* process ("Fatal: unexpected
+        error: Endpoint timeout", seen with NIXL 1.5.1 and either error handling mode): one
+        worker's death must not be another's.
+        """
+        assert self._door is not None
+        if door.place != self._door.place and not (door.has_rdma and self._door.has_rdma):
+            raise TransferFailed(
+                f"connect to {peer_id}: it shares neither memory nor an RDMA network with this worker, and "
+                "over TCP NIXL lets a dying reader end its peer; start both with --kv-transport ucx "
+                "or tcp"
+            )
 
     async def close(self) -> None:
         for link in self._links:
@@ -325,3 +372,15 @@ class NixlTransport:
     async def _end(self) -> None:
         if self._agent is not None:
             self._agent.close()
+
+
+def _place() -> str:
+    """Return what is equal for processes of one kernel, pid namespace and user namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "user")]
+    return " ".join([boot, *spaces])
+
+
+def _has_rdma() -> bool:
+    """Return whether this host has an RDMA device, InfiniBand or Ethernet."""
+    return any(Path("/sys/class/infiniband").glob("*"))

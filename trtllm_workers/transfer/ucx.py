@@ -47,8 +47,9 @@ _TOKEN_BYTES: Final = 32
 _SLOW_THREADS: Final = 4  # connections that may be opened or closed at the same time
 # Shared memory counts as able to report dead peers only with this, and endpoints ask for it.
 _OPTIONS: Final = {"MM_ERROR_HANDLING": "y"}
-# A block of 32 KiB in one message, and few of them: the memory in between stays in the cores' caches.
-_DATA_OPTIONS: Final = {"MM_SEG_SIZE": "33k", "MM_FIFO_SIZE": "64"}
+# A block of 32 KiB fits in one message. 512 of them (17 MiB of shared memory per worker) may be under
+# way: with fewer, a busy host's scheduler has to change between the two processes more often.
+_DATA_OPTIONS: Final = {"MM_SEG_SIZE": "33k", "MM_FIFO_SIZE": "512"}
 
 
 def probe() -> None:
@@ -84,7 +85,9 @@ class UcxTransport:
             undo.callback(quick.shutdown)
             undo.callback(slow.shutdown)
             try:
-                data = DataWorker(native, {**options, **_DATA_OPTIONS}, pool, token)
+                data = await asyncio.get_running_loop().run_in_executor(
+                    slow, DataWorker, native, {**options, **_DATA_OPTIONS}, pool, token
+                )
                 undo.callback(data.close)
                 notifier = Notifier(
                     native,
@@ -95,8 +98,8 @@ class UcxTransport:
                 )
             except native.failures as error:
                 raise TransportUnavailable(
-                    f"UCX cannot start on this host ({error}); is /dev/shm mounted and "
-                    "kernel.shmmax above 8 MiB? Or choose another transport"
+                    f"UCX cannot start on this host ({error}); is kernel.shmmax above 32 MiB? "
+                    "Or choose another transport"
                 ) from error
             undo.pop_all()
         self._setting = LinkSetting(pool, data, notifier, quick, slow, self._links.discard)
@@ -166,4 +169,5 @@ def _carriers(host: str) -> Mapping[str, str]:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = False
-    return {"TLS": "shm,self"} if loopback else {}
+    # System V segments vanish with their last user, and containers do not limit them to 64 MiB.
+    return {"TLS": "sysv,self"} if loopback else {}

@@ -175,7 +175,7 @@ class UcxLink:
             self._check_usable("connecting")
             data = self._setting.data
             try:
-                channel = await self._run(lambda: Channel(data, self._peer))
+                channel: Channel = await self._run(lambda: Channel(data, self._peer))
             except data.native.failures as error:
                 raise self._failed("connecting", str(error)) from error
             channel.users += 1

@@ -46,6 +46,7 @@ class Pair:
         self.state = CHECKING
         self.reason = "not connected yet"
         self.draining = record.state is not WorkerState.READY
+        self.gone = False  # its record has left discovery; what runs goes on while it is connected
         self.lost = asyncio.Event()
         self.answer: asyncio.Future[PairAnswer] | None = None
         self.transport = ""
@@ -64,7 +65,7 @@ class Pair:
     @property
     def usable(self) -> bool:
         """Whether a prompt may be sent there."""
-        return self.state == READY and not self.draining
+        return self.state == READY and not self.draining and not self.gone
 
     def moved(self, num_bytes: int, seconds: float) -> None:
         """Count one transfer."""
@@ -126,6 +127,7 @@ class Pairs:
         self._canary_interval_s = canary_interval_s
         self._pairs: dict[tuple[str, str], Pair] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
         self._turn = 0
 
     @asynccontextmanager
@@ -135,7 +137,7 @@ class Pairs:
         try:
             yield self
         finally:
-            tasks = [watcher, *self._tasks.values()]
+            tasks = [watcher, *self._tasks.values(), *self._ending]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -156,7 +158,7 @@ class Pairs:
     @property
     def num_ready(self) -> int:
         """Pairs whose gate has passed."""
-        return sum(pair.state == READY for pair in self._pairs.values())
+        return sum(pair.state == READY and not pair.gone for pair in self._pairs.values())
 
     @property
     def missing(self) -> str:
@@ -218,12 +220,17 @@ class Pairs:
             for record in records
             if record.role is Role.PREFILL and record.model == self._model
         }
-        for key in [key for key in self._pairs if key not in fresh]:
-            self._tasks.pop(key).cancel()
-            del self._pairs[key]
-            self._changed()
+        for key, pair in list(self._pairs.items()):
+            if key not in fresh and not pair.gone:
+                pair.gone = True
+                if pair.peer is None or pair.state in (REFUSED, MISMATCH):
+                    self._remove(key)
+                self._changed()
         for key, record in fresh.items():
             known = self._pairs.get(key)
+            if known is not None and known.gone:
+                known.gone = False  # discovery had lost sight of it for a while
+                self._changed()
             if known is None:
                 pair = self._pairs[key] = Pair(record)
                 self._tasks[key] = asyncio.create_task(self._follow(pair), name=f"pair-{key[0]}")
@@ -231,8 +238,16 @@ class Pairs:
                 known.draining = True
                 self._changed()
 
+    def _remove(self, key: tuple[str, str]) -> None:
+        del self._pairs[key]
+        task = self._tasks.pop(key)
+        if task is not asyncio.current_task():
+            task.cancel()
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
     async def _follow(self, pair: Pair) -> None:
-        """Keep one pair for as long as its record lives."""
+        """Keep one pair for as long as its record lives, and then until its connection ends."""
         retry_s = FIRST_RETRY_S
         try:
             while True:
@@ -250,6 +265,10 @@ class Pairs:
                         raise
                     self._set(pair, LOST, str(error) or "no answer in time")
                 await self._unlink(pair)
+                if pair.gone:
+                    self._remove((pair.peer_id, pair.record.address.incarnation))
+                    self._changed()
+                    return
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
         except Exception:  # the border: one pair's fault must not end the others

@@ -68,3 +68,14 @@ def test_engine_config_is_checked_before_anything_starts(model: Path, tmp_path: 
     assert done.returncode == 2
     assert "mine.yaml:3: unknown key 'kv_cache_config.tokens_per_blok'" in done.stderr
     assert "did you mean" in done.stderr
+
+
+def test_show_config_of_a_disaggregated_run_has_a_table_for_each_role(model: Path) -> None:
+    shown = run(model, "plan", "--show-config", "--disaggregated", "--kv-transport", "tcp")
+    prefill, decode = (
+        shown.split(f"engine config of {role} workers (sim)")[1] for role in ("prefill", "decode")
+    )
+    assert "engine_configs/prefill.yaml:" in prefill
+    assert "engine_configs/decode.yaml:" in decode
+    assert "engine_configs/prefill.yaml:" not in decode
+    assert "--disaggregated" in shown.split("engine config")[0]

@@ -31,11 +31,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def settle(
-    model: Path, explicit: Mapping[str, Any] = DISAGGREGATED, *, part: bool = False, **environ: str
-) -> Settings:
-    home = {"HOME": "/home/me", **environ}
-    return resolve(explicit, home, demo=(model, "demo"), of_one_part=part)
+def settle(model: Path, explicit: Mapping[str, Any] = DISAGGREGATED, **environ: str) -> Settings:
+    return resolve(explicit, {"HOME": "/home/me", **environ}, demo=(model, "demo"))
 
 
 def refused(model: Path, explicit: Mapping[str, Any] = DISAGGREGATED, **environ: str) -> str:
@@ -121,7 +118,9 @@ def test_options_of_a_disaggregated_run_have_no_effect_without_it(model: Path) -
 
 
 def test_one_part_of_a_run_says_nothing_of_options_without_effect(model: Path) -> None:
-    assert settle(model, {}, part=True, DISAGGREGATION_STRATEGY="prefill_first").warnings == ()
+    environ = {"HOME": "/home/me", "DISAGGREGATION_STRATEGY": "prefill_first"}
+    settings = resolve({}, environ, demo=(model, "demo"), of_one_part=True)
+    assert (settings.strategy, settings.warnings) == ("prefill_first", ())
 
 
 def test_options_of_aggregated_workers_have_no_effect_in_a_disaggregated_run(model: Path) -> None:

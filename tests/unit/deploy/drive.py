@@ -21,6 +21,8 @@ def plan_of(spec: dict[str, object]) -> Plan:
     log_dir = Path(str(spec["log_dir"])) if spec.get("log_dir") else folder.logs
     processes = spec["processes"]
     assert isinstance(processes, dict)
+    num_ranks = spec.get("num_ranks", {})
+    assert isinstance(num_ranks, dict)
     return Plan(
         run_id=folder.run_id,
         folder=folder,
@@ -32,6 +34,7 @@ def plan_of(spec: dict[str, object]) -> Plan:
                 cwd=Path.cwd(),
                 log=Path(str(spec.get("log", log_dir / f"{name}.log"))),
                 status=folder.status(name),
+                num_ranks=num_ranks.get(name, 1),
             )
             for name, argv in processes.items()
         ),

@@ -13,9 +13,18 @@ import threading
 import time
 
 ROLE, STATUS_FILE, *BEHAVIOUR = sys.argv[1:]
+# Under mpiexec only rank 0 reports, and a behaviour may be meant for one rank: "rank1:exit:2".
+RANK = os.environ.get("PMI_RANK", "0")
+BEHAVIOUR = [
+    word.removeprefix(f"rank{RANK}:")
+    for word in BEHAVIOUR
+    if not word.startswith("rank") or word.startswith(f"rank{RANK}:")
+]
 
 
 def report(step: str, **more: object) -> None:
+    if RANK != "0":
+        return
     draft = f"{STATUS_FILE}.tmp"
     with open(draft, "w") as file:
         json.dump({"step": step, "since": time.time(), **more}, file)
@@ -70,7 +79,7 @@ def main() -> None:
             sys.exit(int(word.removeprefix("exit:")))
         elif word in ("grandchild", "daemon"):
             grandchild(own_session=word == "daemon")
-    say(f"pid {os.getpid()}")
+    say(f"pid {os.getpid()}" if "PMI_RANK" not in os.environ else f"rank {RANK} pid {os.getpid()}")
     if ROLE == "ingress":
         threading.Thread(target=serve, daemon=True).start()
     else:

@@ -68,6 +68,48 @@ def test_missing_torch_is_a_problem_only_for_the_engine_that_needs_it(
     assert findings_of(model, engine="torch")["torch"].level == "problem"
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("subject", "module", "flags"),
+    [
+        ("UCX", "ucxx", {"disaggregated": True}),
+        ("NIXL", "nixl_cu12", {"disaggregated": True, "kv_transport": "nixl"}),
+        ("MPI", "mpi4py", {"engine": "torch", "overrides": ("tensor_parallel_size=2",)}),
+    ],
+)
+def test_missing_extra_is_a_problem_only_for_a_run_that_needs_it(
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    subject: str,
+    module: str,
+    flags: dict[str, object],
+) -> None:
+    present = doctor._has_module
+    monkeypatch.setattr(doctor, "_has_module", lambda name: name != module and present(name))
+    monkeypatch.setattr(doctor, "mpiexec_path", lambda: "/venv/bin/mpiexec")
+    unneeded, needed = findings_of(model)[subject], findings_of(model, (), **flags)[subject]
+    assert (unneeded.level, needed.level) == ("note", "problem")
+    assert needed.text.startswith(f"missing: {module}; for ")
+    assert needed.fix == f"pip install 'trtllm-launch[{subject.lower()}]'"
+
+
+def test_mpi_without_mpiexec_is_missing_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_ask", lambda *_args, **_more: (TORCH_SAYS,))
+    monkeypatch.setattr(doctor, "_has_module", lambda _name: True)
+    monkeypatch.setattr(doctor, "mpiexec_path", lambda: "")
+    assert findings_of(model)["MPI"].text.startswith("missing: mpiexec")
+
+
+def test_extra_that_does_not_import_says_why(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_has_module", lambda _name: True)
+    monkeypatch.setattr(doctor, "_ask", lambda *_args, **_more: "libucp.so.0: no such file")
+    found = findings_of(model, disaggregated=True)["UCX"]
+    assert (found.level, found.text) == (
+        "problem",
+        "ucxx does not import: libucp.so.0: no such file",
+    )
+
+
 def test_optional_part_says_what_is_missing_and_the_command_that_brings_it() -> None:
     found = doctor._optional("MPI", ("no_such_module",), ("no-such-program",), "apt-get install x")
     assert found == note(

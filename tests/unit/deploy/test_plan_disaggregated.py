@@ -142,7 +142,7 @@ def test_missing_mpi_is_said_with_the_command_that_brings_it(lacks: tuple[str, .
         "tensor_parallel_size 4 starts an MPI world, and this environment has no "
         f"{' and no '.join(lacks)}; run: pip install 'trtllm-launch[mpi]'"
     )
-    assert plan_of(inventory)
+    assert plan_of(inventory).processes[0].num_ranks == 1
 
 
 def test_missing_transport_is_said_before_a_worker_loads_its_model() -> None:
@@ -155,13 +155,16 @@ def test_missing_transport_is_said_before_a_worker_loads_its_model() -> None:
         "--kv-transport auto"
     )
     for other in ("ucx", "tcp", "auto"):
-        assert plan_of(inventory, kv_transport=other)
+        plan = plan_of(inventory, kv_transport=other)
+        assert value_of(plan.processes[0], "--kv-transport") == other
 
 
 def test_sim_engine_needs_no_share_of_the_host() -> None:
     gpus = dataclasses.replace(INVENTORY, gpus=("0",))
     plan = plan_of(gpus, engine="sim", num_decode_workers=3)
-    assert not any({"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} & set(one.env) for one in plan.processes)
+    assert not any(
+        {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"} & set(one.env) for one in plan.processes
+    )
     assert plan.notes == ()
 
 

@@ -56,6 +56,27 @@ def test_ladder_is_ready_when_every_process_reached_its_own_last_step() -> None:
     assert ladder.detail("ingress") == "http://127.0.0.1:1"
 
 
+def test_decode_worker_shows_what_it_lacks_for_a_pair() -> None:
+    ladder = Ladder({"decode-0": "decode"}, now_s=0.0)
+    shown = [
+        ladder.observe("decode-0", status, now_s=at)
+        for at, status in (
+            (1.0, said("registering")),
+            (2.0, said("pairing", detail="no prefill worker yet")),
+            (3.0, said("pairing", detail="no prefill worker yet")),
+            (4.0, said("pairing", detail="prefill-0: checking")),
+        )
+    ]
+    assert [line for line in shown if line] == [
+        "registering",
+        "pairing: no prefill worker yet",
+        "pairing: prefill-0: checking",
+    ]
+    assert ladder.stuck(10.0) == ("decode-0", "pairing: prefill-0: checking", 6.0)
+    ladder.observe("decode-0", said("registered"), 11.0)
+    assert ladder.ready
+
+
 def test_ladder_says_what_it_still_waits_for_every_15_s() -> None:
     ladder = Ladder({"worker-0": "aggregated"}, now_s=0.0)
     ladder.observe("worker-0", said("model", 0.6), 2.0)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.contract.handoffs import ask_prefill, ask_reserve, copy_kv, pool_of, resume
@@ -158,6 +159,46 @@ def test_every_byte_of_a_block_follows_from_its_tokens() -> None:
         pool.block(3)[index] ^= 0x80
         assert list(find_wrong(pool, (3, 1), digests)) == [3]
         pool.block(3)[index] ^= 0x80
+
+
+async def test_right_bytes_are_prefix_cache_from_resume_on(model_path: Path) -> None:
+    prompt = prompt_of(0, 60)
+    async with running(model_path) as prefill, running(model_path) as decode:
+        request = request_of(prompt, OUTPUT)
+        prefilled = await ask_prefill(prefill, request).result()
+        reserved = await ask_reserve(decode, request).result()
+        copy_kv(prefill, prefilled, decode, reserved)
+        resume(decode, request, prefilled.first)
+        decode.abort(request.request_id)
+        assert (await ask(decode, prompt, 1).end()).cached_tokens == 48
+
+
+async def test_prompt_tokens_count_where_the_prompt_is_computed(model_path: Path) -> None:
+    async with running(model_path) as prefill, running(model_path) as decode:
+        for brought in (True, False):
+            request = request_of(prompt_of(brought, 60), OUTPUT)
+            prefilled = await ask_prefill(prefill, request).result()
+            reserved = await ask_reserve(decode, request).result()
+            copy_kv(prefill, prefilled, decode, reserved)
+            await resume(decode, request, prefilled.first if brought else None).end()
+        assert (prefill.stats().prompt_tokens, prefill.stats().output_tokens) == (120, 2)
+        assert (decode.stats().prompt_tokens, decode.stats().output_tokens) == (60, 2 * OUTPUT - 1)
+
+
+def test_large_blocks_show_shifted_and_missing_pages() -> None:
+    layout = msgspec.structs.replace(LAYOUT, block_bytes=1 << 20)
+    pool = map_pool(layout, 2)
+    digest = next(prompt_digests([5, 6], layout.block_size, b"root"))
+    write_digests(pool, (0,), [digest])
+    assert find_wrong(pool, (0,), [digest]) == {}
+    for shift in (1, 64, 4096, 65536, 1 << 19):
+        pool.block(1)[shift:] = pool.block(0)[:-shift]
+        pool.block(1)[:shift] = pool.block(0)[-shift:]
+        assert list(find_wrong(pool, (1,), [digest])) == [1]
+    pool.block(1)[:] = pool.block(0)
+    assert find_wrong(pool, (1,), [digest]) == {}
+    pool.block(1)[-4096:] = bytes(4096)
+    assert list(find_wrong(pool, (1,), [digest])) == [1]
 
 
 # --- layout and pages --------------------------------------------------------------------------

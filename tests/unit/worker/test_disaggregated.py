@@ -13,7 +13,7 @@ from tests.fakes.tiny_models import make_tiny_checkpoint
 from tests.unit.worker.cluster import Cluster, cluster, prompt_of, request
 from trtllm_workers.engines.base import DeliverPrefilled, Engine
 from trtllm_workers.errors import EngineError
-from trtllm_workers.planes.messages import Fetched, Message, Offer, PrefillAsk, Submit
+from trtllm_workers.planes.messages import Fetched, Fetching, Message, Offer, PrefillAsk, Submit
 from trtllm_workers.types import FinishReason, GenerateRequest, Role
 from trtllm_workers.worker.prefill_desk import HandoffLimits
 
@@ -207,6 +207,45 @@ async def test_a_read_that_fails_is_made_up_for_here(tmp_path: Path) -> None:
         assert await made.answer(made.submit(asked, "d0")) == await made.expected(asked, "a0")
         assert decode.fallbacks() == {"transfer_failed": 1}
         assert made.nodes["p0"].ended()["released", "transfer_failed"] == 1
+        await made.idle()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("behind", [PrefillAsk, Submit, Offer, Fetching, "read", Fetched])
+async def test_a_prefill_worker_lost_at_any_point_costs_no_answer(
+    tmp_path: Path, strategy: str, behind: Any
+) -> None:
+    """It goes right behind a message of the handoff, or in the middle of the read."""
+    async with cluster(tmp_path) as made:
+        await both(made)
+        asked = request(prompt_of(3, 90))
+        expected = await made.expected(asked, "a0")
+        decode = made.nodes["d0"]
+        pair = decode.service.pairs.take() if decode.service.pairs else None
+        assert pair is not None
+        assert pair.link is not None
+        read = pair.link.read
+        killed: list[asyncio.Task[None]] = []
+
+        async def cut(remote: list[int], local: list[int], timeout_s: float) -> None:
+            if behind == "read":
+                await made.kill("p0")
+            await read(remote, local, timeout_s)
+
+        pair.link.read = cut  # type: ignore[method-assign, assignment]
+
+        def hook(message: Message) -> None:
+            if behind != "read" and isinstance(message, behind) and not killed:
+                killed.append(asyncio.create_task(made.kill("p0")))
+
+        made.after_message = hook
+        stream = send(made, strategy, asked)
+        if strategy == "prefill_first" and behind is Submit:
+            # Decode never hears of it: the ingress sees that prefill is lost, and moves the stream.
+            await made.client.until(lambda: "p0" in made.client.lost)
+        elif (strategy, behind) != ("prefill_first", PrefillAsk):  # there is no such message
+            assert await made.answer(stream) == expected
+        await asyncio.gather(*killed)
         await made.idle()
 
 

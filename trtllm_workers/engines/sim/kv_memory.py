@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from hashlib import shake_128
+from hashlib import blake2b, shake_128
 
 from trtllm_workers.blocks import block_hash
 from trtllm_workers.errors import ConfigError
@@ -16,6 +16,10 @@ from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.types import KvLayout
 
 ORDER = "digest"
+
+# Large blocks repeat themselves, for hashing megabytes would hold up the event loop. A prime, so that
+# bytes shifted by pages or cache lines are still wrong ones.
+_PERIOD_BYTES = 4099
 
 
 def map_pool(layout: KvLayout, num_blocks: int) -> KvPool:
@@ -54,12 +58,14 @@ def find_wrong(pool: KvPool, blocks: Sequence[int], digests: Sequence[bytes]) ->
     """Return the blocks that hold other bytes than their digest demands, and a hash of those."""
     wrong: dict[int, bytes] = {}
     for block, digest in zip(blocks, digests, strict=True):
-        found = pool.block(block)
+        found = bytes(pool.block(block))  # two bytes objects are compared at memory speed
         if found != _content(pool, digest):
-            wrong[block] = shake_128(found).digest(len(digest))
+            wrong[block] = blake2b(found, digest_size=len(digest)).digest()
     return wrong
 
 
 def _content(pool: KvPool, digest: bytes) -> bytes:
-    # No padding of zeros: a copy that stops early or is shifted must show.
-    return shake_128(digest).digest(pool.layout.block_bytes)
+    """Return the bytes of a block. No padding: a copy that stops early or is shifted must show."""
+    size = pool.layout.block_bytes
+    pattern = shake_128(digest).digest(min(size, _PERIOD_BYTES))
+    return (pattern * -(-size // len(pattern)))[:size]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import os
 import pickle
 import sys
 import time
@@ -117,13 +118,13 @@ class Ranks:
         nap_s = _SHORTEST_NAP_S
         while not self._comm.Iprobe(source=0, tag=_ORDERS_TAG, status=status):
             if time.monotonic() < asleep_from_s:
-                time.sleep(0)  # another process may want the core
+                os.sched_yield()  # another process may want the core
             else:
                 time.sleep(nap_s)
                 nap_s = min(2 * nap_s, _LONGEST_NAP_S)
         packed = bytearray(status.Get_count(self._mpi.BYTE))
         self._comm.Recv([packed, self._mpi.BYTE], source=0, tag=_ORDERS_TAG)
-        return pickle.loads(packed)  # noqa: S301 - from our own rank 0
+        return pickle.loads(packed)
 
     def abort(self) -> None:
         """End every process of the world, this one included, at once."""

@@ -1,0 +1,155 @@
+"""Reads 64 MiB of KV blocks from a pool in another process, over each transport named.
+
+    .venv/bin/python -m benchmarks.kv_transport ucx nixl tcp
+    .venv/bin/python -m benchmarks.kv_transport ucx --block-kib 160 --mib 256 --runs 15
+
+Blocks are scattered at random on both sides. Beside the transports stands one copy of the same blocks
+within this process (``memmove``, block by block and in one piece), measured before and after each
+transport, so that both see the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import mmap
+import multiprocessing
+import random
+import statistics
+import time
+from multiprocessing.connection import Connection
+
+from trtllm_workers.transfer.base import KvPool
+from trtllm_workers.transfer.registry import TRANSPORTS, open_transport
+from trtllm_workers.types import KvLayout
+
+DEADLINE_S = 60.0
+HOST = "127.0.0.1"
+
+
+def make_pool(num_blocks: int, block_bytes: int, fill: int) -> KvPool:
+    """Return a pool in private memory whose pages have all been touched."""
+    layout = KvLayout(
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=block_bytes // 64,
+        block_size=16,
+        dtype="bfloat16",
+        order="layer,kv,token,head,dim",
+        block_bytes=block_bytes,
+    )
+    memory = memoryview(mmap.mmap(-1, num_blocks * block_bytes, flags=mmap.MAP_PRIVATE))
+    memory[:] = bytes([fill]) * len(memory)
+    return KvPool(layout, num_blocks, memory)
+
+
+def own(name: str, num_blocks: int, block_bytes: int, parent: Connection) -> None:
+    """Own a pool until the parent hangs up."""
+
+    async def serve() -> None:
+        pool = make_pool(num_blocks, block_bytes, fill=7)
+        transport = open_transport(name, peer_id="owner", host=HOST, on_notify=lambda *_: None)
+        await transport.start(pool)
+        parent.send(transport.card())
+        await asyncio.to_thread(parent.poll, None)
+        await transport.close()
+
+    asyncio.run(serve())
+
+
+def copies_s(ours: KvPool, remote: list[int], local: list[int], runs: int) -> tuple[float, float]:
+    """Return the median seconds of a copy block by block, and of one in one piece."""
+    size = ours.layout.block_bytes
+    other = make_pool(ours.num_blocks, size, fill=1)
+    there = ctypes.addressof(ctypes.c_char.from_buffer(other.memory))
+    here = ctypes.addressof(ctypes.c_char.from_buffer(ours.memory))
+    by_block, whole = [], []
+    for _ in range(runs):
+        began = time.perf_counter()
+        for theirs, mine in zip(remote, local, strict=True):
+            ctypes.memmove(here + mine * size, there + theirs * size, size)
+        by_block.append(time.perf_counter() - began)
+    for _ in range(runs):
+        began = time.perf_counter()
+        ctypes.memmove(here, there, len(ours.memory))
+        whole.append(time.perf_counter() - began)
+    return statistics.median(by_block), statistics.median(whole)
+
+
+async def measure(name: str, num_blocks: int, block_bytes: int, runs: int) -> None:
+    """Print one row."""
+    context = multiprocessing.get_context("spawn")
+    parent, child = context.Pipe()
+    process = context.Process(target=own, args=(name, num_blocks, block_bytes, child))
+    process.start()
+    child.close()
+    pool = make_pool(num_blocks, block_bytes, fill=0)
+    transport = open_transport(name, peer_id="reader", host=HOST, on_notify=lambda *_: None)
+    remote, local = list(range(num_blocks)), list(range(num_blocks))
+    random.Random(1).shuffle(remote)
+    random.Random(2).shuffle(local)
+    try:
+        await transport.start(pool)
+        if not await asyncio.to_thread(parent.poll, DEADLINE_S):
+            raise TimeoutError(f"the owner's {name} transport did not start")
+        link = await transport.connect(parent.recv(), DEADLINE_S)
+        reads: list[float] = []
+        writes: list[float] = []
+        single: list[float] = []
+        await link.read(remote, local, DEADLINE_S)
+        if bytes(pool.memory) != b"\x07" * len(pool.memory):
+            raise AssertionError(f"{name} read wrong bytes")
+        before = copies_s(pool, remote, local, runs)
+        for _ in range(runs):
+            began = time.perf_counter()
+            await link.read(remote, local, DEADLINE_S)
+            reads.append(time.perf_counter() - began)
+        for _ in range(runs):
+            began = time.perf_counter()
+            await link.write(local, remote, DEADLINE_S)
+            writes.append(time.perf_counter() - began)
+        for _ in range(runs):
+            began = time.perf_counter()
+            await link.read(remote[:1], local[:1], DEADLINE_S)
+            single.append(time.perf_counter() - began)
+        after = copies_s(pool, remote, local, runs)
+        by_block, whole = (min(a, b) for a, b in zip(before, after, strict=True))
+        read, written = statistics.median(reads), statistics.median(writes)
+        size = num_blocks * block_bytes / 2**30
+        print(
+            f"{name:<6}{link.wire:<22}{size / read:>9.2f}{size / min(reads):>9.2f}"
+            f"{size / written:>9.2f}{size / by_block:>10.2f}{size / whole:>9.2f}"
+            f"{by_block / read:>8.0%}{whole / read:>8.0%}"
+            f"{statistics.median(single) * 1e3:>10.2f}"
+        )
+        await link.close()
+    finally:
+        await transport.close()
+        parent.close()
+        process.join(DEADLINE_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def main() -> None:
+    """Measure what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("transports", nargs="*", default=list(TRANSPORTS))
+    parser.add_argument("--mib", type=int, default=64, help="what one read moves, in MiB")
+    parser.add_argument("--block-kib", type=int, default=32, help="size of a block, in KiB")
+    parser.add_argument("--runs", type=int, default=11, help="reads of which the median is shown")
+    chosen = parser.parse_args()
+    print(
+        f"{'':<28}{'read':>9}{'best':>9}{'write':>9}{'memmove':>10}{'whole':>9}"
+        f"{'of it':>8}{'whole':>8}{'1 block':>10}"
+    )
+    print(f"{'transport':<6} wire{'GiB/s from here to whole':>60}{'ms':>29}")
+    for name in chosen.transports:
+        num_blocks = chosen.mib * 1024 // chosen.block_kib
+        asyncio.run(measure(name, num_blocks, chosen.block_kib * 1024, chosen.runs))
+
+
+if __name__ == "__main__":
+    main()

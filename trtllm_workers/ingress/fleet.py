@@ -89,7 +89,7 @@ class Served:
         self.problem = "its tokenizer is being loaded"
         self.created_s = 0
         self.workers: list[Worker] = []
-        self._was_whole = False
+        self.has_been_whole = False
 
     @property
     def ready(self) -> bool:
@@ -98,12 +98,9 @@ class Served:
         That takes a whole chain once: an aggregated worker, or a decode worker with a prefill worker
         that has passed its gate. When all prefill workers go later, decode workers do their work.
         """
-        if self.text is None:
+        if self.text is None or not (self.whole or self.has_been_whole):
             return False
-        if self.whole:
-            self._was_whole = True
-            return True
-        return self._was_whole and any(worker.takes_requests for worker in self.makers)
+        return any(worker.takes_requests for worker in self.makers)
 
     @property
     def whole(self) -> bool:
@@ -250,6 +247,11 @@ class Fleet:
                 self._loaders[name] = _start(self._load(served, worker.record), f"load-{name}")
         for name in [name for name, served in self.models.items() if not served.workers]:
             del self.models[name]
+        self._tell_changed()
+
+    def _tell_changed(self) -> None:
+        for served in self.models.values():
+            served.has_been_whole |= served.text is not None and served.whole
         self.changed.set()
 
     async def _load(self, served: Served, record: WorkerRecord) -> None:
@@ -261,10 +263,10 @@ class Fleet:
             )
         except Exception as error:  # noqa: BLE001  one broken checkpoint must not stop the others
             served.problem = f"its tokenizer cannot be loaded: {error}"
-            self.changed.set()
+            self._tell_changed()
             log.error("model cannot be served", model=served.name, error=str(error))
             return
-        self.changed.set()
+        self._tell_changed()
         log.info("tokenizer loaded", model=served.name, encoder=served.text.encoder_name)
 
     async def _follow(self, worker: Worker) -> None:
@@ -277,7 +279,7 @@ class Fleet:
                 if worker.problem != str(error):
                     log.warning("worker unreachable", worker_id=worker.worker_id, error=str(error))
                 worker.problem = str(error)
-                self.changed.set()
+                self._tell_changed()
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
                 continue
@@ -288,7 +290,7 @@ class Fleet:
                 peer.send(StatsAsk())
             self._by_address[peer.address] = worker
             worker.problem = ""
-            self.changed.set()
+            self._tell_changed()
             log.info("worker connected", worker_id=worker.worker_id, model=worker.record.model)
             await worker.lost.wait()
 
@@ -302,7 +304,7 @@ class Fleet:
         worker.ready_pairs = frozenset()
         worker.problem = str(error)
         worker.lost.set()
-        self.changed.set()
+        self._tell_changed()
         log.warning("worker lost", worker_id=worker.worker_id, error=str(error))
         self._on_lost(worker, error)
 
@@ -312,7 +314,7 @@ class Fleet:
         if worker is not None:
             worker.draining = True
             worker.problem = reason
-            self.changed.set()
+            self._tell_changed()
 
     def peer_stats(self, peer: Peer, load: WorkerStats) -> Worker | None:
         """Keep what a worker says about its load and its pairs; return the worker if it is known."""
@@ -323,7 +325,7 @@ class Fleet:
         ready = frozenset(pair.peer for pair in load.pairs if pair.state == "ready")
         if ready != worker.ready_pairs:
             worker.ready_pairs = ready
-            self.changed.set()
+            self._tell_changed()
         return worker
 
     def served(self, model: str) -> Served:

@@ -198,7 +198,7 @@ class UcxLink:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                if batch.flushed() and await self._run(batch.collect):
+                if batch.ended or (batch.flushed() and await self._run(batch.collect)):
                     break
                 if self._process.gone():
                     raise self._failed(what, "its process has ended")

@@ -275,6 +275,14 @@ class Native:
             return request - 2**64
         return int(self.status(request))
 
+    def finish_if_all_ok(self, requests: Sequence[int]) -> bool:
+        """Give requests back if every one has ended well; return whether that is so."""
+        if max(requests) >= _FIRST_ERROR or any(map(self.status, requests)):
+            return False
+        for _ in map(self.free, requests):
+            pass
+        return True
+
     def finish(self, request: int | None) -> None:
         """Give a request back; it must not be used again."""
         if request is not None and request < _FIRST_ERROR:

@@ -33,6 +33,8 @@ from trtllm_workers.transfer.ucx_native import (
 
 WINDOW: Final = 2048  # requests of one operation that wait at the same time
 _DRIVE_S: Final = 0.1  # how long one operation drives the worker before it makes room for others
+_ISSUE: Final = 256  # requests between two looks at what has arrived
+_QUIET_LOOKS: Final = 30  # some tens of microseconds, before sleeping until an event
 _WAIT_MS: Final = 1  # for an event, while driving
 _CLOSE_PERIOD_NS: Final = 1_000_000_000
 _CLOSE_ATTEMPTS: Final = 3
@@ -48,6 +50,7 @@ class Batch:
         self._flushed = False
         self._lock = threading.Lock()
         self.status = OK
+        self.ended = False
 
     def flushed(self) -> bool:
         """Return whether all that is left is to collect the requests."""
@@ -61,9 +64,12 @@ class Batch:
                     return False
                 self._flushed = True
                 self._end(self._flush)
+            if self._open and self._native.finish_if_all_ok(self._open):
+                self._open.clear()
             while self._open and self._native.state(self._open[-1]) != IN_PROGRESS:
                 self._end(self._open.pop())
-            return not self._open
+            self.ended = not self._open
+            return self.ended
 
     def _end(self, request: int | None) -> None:
         status = self._native.state(request)
@@ -147,7 +153,10 @@ class Channel:
         with self._lock:
             if self.closed:
                 raise UcxError("the connection was closed")
-            requests = start(self._handle, pieces, key, memory)
+            requests: list[int] = []
+            for some in pieces.windows(_ISSUE):
+                requests += start(self._handle, some, key, memory)
+                self._owner.worker.progress_once()  # the first ones arrive while we ask for more
             return Batch(self._native, requests, self._native.start_flush(self._handle))
 
 
@@ -190,8 +199,15 @@ class DataWorker:
     def _drive(self, batch: Batch) -> None:
         """Make progress until a batch has ended, or stopped for too long."""
         until = time.monotonic() + _DRIVE_S
+        quiet = 0
         while not batch.collect() and time.monotonic() < until:
-            self.worker.progress_worker_event(_WAIT_MS)
+            if self.worker.progress_once():
+                self.worker.progress()  # all there is, without the GIL
+                quiet = 0
+            elif quiet < _QUIET_LOOKS:
+                quiet += 1
+            else:
+                self.worker.progress_worker_event(_WAIT_MS)
 
     def is_unfinished(self, channel: Channel) -> bool:
         """Return whether requests of a channel never ended."""

@@ -8,11 +8,9 @@ on that way, the prompt is computed here instead, once.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import structlog
 
@@ -43,63 +41,27 @@ from trtllm_workers.types import (
     Reservation,
     TokenChunk,
 )
+from trtllm_workers.worker.handoff_job import (
+    EXPIRED,
+    LOST,
+    NO_PREFILL,
+    PREFILL_TIMEOUT,
+    REFUSED,
+    TRANSFER,
+    Aborted,
+    Job,
+    Out,
+    WentWrong,
+    fail,
+    handoff_key,
+    now_s,
+    settle,
+)
 from trtllm_workers.worker.handoff_meters import HandoffMeters
 from trtllm_workers.worker.pairs import READY, Pair, Pairs
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
-
-# What goes wrong on the way, as causes in metrics and logs.
-NO_PREFILL, REFUSED, LOST = "no_prefill_worker", "prefill_refused", "prefill_lost"
-PREFILL_TIMEOUT, EXPIRED, TRANSFER = "prefill_timeout", "handoff_expired", "transfer_failed"
-
-
-class Out(Protocol):
-    """Where a request's chunks go; ``on_first`` is called with the first of them."""
-
-    on_first: Callable[[], None] | None
-
-    def __call__(self, chunk: TokenChunk) -> None: ...
-
-
-class _Aborted(Exception):
-    """The client does not want the request any more."""
-
-
-class _WentWrong(Exception):
-    """The blocks do not come; ``cause`` is counted, ``error`` told."""
-
-    def __init__(self, cause: str, error: LaunchError) -> None:
-        super().__init__(str(error))
-        self.cause = cause
-        self.error = error
-
-
-def _future() -> asyncio.Future[T]:
-    return asyncio.get_running_loop().create_future()
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One request until it is resumed.
-
-    ``pair`` is set once a prefill worker is chosen. ``offer`` and ``released`` resolve with what that
-    worker says, or with the error that makes it silent. ``probe``: no fallback, errors are raised.
-    """
-
-    request: GenerateRequest
-    out: Out
-    handoff_id: str
-    arrived_s: float
-    pair: Pair | None = None
-    handed_over: bool = False
-    probe: bool = False
-    asked: bool = False
-    offer: asyncio.Future[Offer | LaunchError] = field(default_factory=_future)
-    released: asyncio.Future[bool | LaunchError] = field(default_factory=_future)
-    reserved: asyncio.Future[Reservation] = field(default_factory=_future)
-    aborted: asyncio.Future[None] = field(default_factory=_future)
-    offered_s: float = 0.0
 
 
 class DecodeDesk:
@@ -119,8 +81,8 @@ class DecodeDesk:
         self._meters = meters
         self._max_local = max_local_prefill_length
         self._prefill_timeout_s = prefill_timeout_s
-        self._jobs: dict[str, _Job] = {}  # by request id
-        self._by_handoff: dict[tuple[str, str, str], _Job] = {}
+        self._jobs: dict[str, Job] = {}  # by request id
+        self._by_handoff: dict[tuple[str, str, str], Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.pairs: Pairs | None = None
 
@@ -133,12 +95,12 @@ class DecodeDesk:
 
     def submit(self, request: GenerateRequest, out: Out) -> None:
         """Take a request of an ingress (decode_first, and prefill_first without a prefill)."""
-        self._start(_Job(request, out, request.request_id, _now()))
+        self._start(Job(request, out, request.request_id, now_s()))
 
     def take_over(self, peer: Peer, offer: Offer, request: GenerateRequest, out: Out) -> None:
         """Take a request that a prefill worker hands over (prefill_first)."""
         pair = self.pairs.of(peer) if self.pairs is not None else None
-        job = _Job(request, out, offer.handoff, _now(), pair, handed_over=True, asked=True)
+        job = Job(request, out, offer.handoff, now_s(), pair, handed_over=True, asked=True)
         job.offered_s = job.arrived_s
         if pair is None or pair.state != READY:  # one that drains still hands over what it has
             why = pair.reason if pair is not None else "it is unknown here"
@@ -152,29 +114,29 @@ class DecodeDesk:
 
     async def probe(self, pair: Pair, request: GenerateRequest, out: Out) -> None:
         """Send a request through one pair; return once it decodes here. Raises LaunchError."""
-        job = _Job(request, out, request.request_id, _now(), pair, probe=True)
+        job = Job(request, out, request.request_id, now_s(), pair, probe=True)
         self._register(job)
         try:
             await self._serve(job)
         finally:
             self._forget(job)
 
-    def _start(self, job: _Job) -> None:
+    def _start(self, job: Job) -> None:
         self._register(job)
         task = asyncio.create_task(self._run(job), name=f"handoff {job.handoff_id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _register(self, job: _Job) -> None:
+    def _register(self, job: Job) -> None:
         self._jobs[job.request.request_id] = job
         if job.pair is not None:
-            self._by_handoff[_key(job.pair, job.handoff_id)] = job
+            self._by_handoff[handoff_key(job.pair, job.handoff_id)] = job
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: Job) -> None:
         if self._jobs.get(job.request.request_id) is job:
             del self._jobs[job.request.request_id]
         if job.pair is not None:
-            self._by_handoff.pop(_key(job.pair, job.handoff_id), None)
+            self._by_handoff.pop(handoff_key(job.pair, job.handoff_id), None)
 
     def abort(self, request_id: str) -> bool:
         """Abort a request that is not decoding yet; False when it is not here."""
@@ -193,7 +155,7 @@ class DecodeDesk:
         """Take an offer that was asked for."""
         job = self._of(peer, offer.handoff)
         if job is not None and not job.offer.done():
-            job.offered_s = _now()
+            job.offered_s = now_s()
             job.offer.set_result(offer)
         elif offer.prefilled.first.finish_reason is None:
             self._send(peer, CancelHandoff(offer.handoff, "unknown"))
@@ -218,29 +180,29 @@ class DecodeDesk:
                     if not future.done():
                         future.set_result(error)
 
-    def _of(self, peer: Peer, handoff_id: str) -> _Job | None:
+    def _of(self, peer: Peer, handoff_id: str) -> Job | None:
         address = peer.address
         return self._by_handoff.get((address.peer_id, address.incarnation, handoff_id))
 
     # --- the story -----------------------------------------------------------------------------
 
-    async def _run(self, job: _Job) -> None:
+    async def _run(self, job: Job) -> None:
         try:
             await self._serve(job)
         except LaunchError as error:
-            _fail(job, error)
+            fail(job, error)
         except Exception as error:  # the border: one request must not end the others
             log.exception("request failed in the worker", request_id=job.request.request_id)
-            _fail(job, EngineError(f"internal error: {error!r}"))
+            fail(job, EngineError(f"internal error: {error!r}"))
         finally:
             self._forget(job)
 
-    async def _serve(self, job: _Job) -> None:
+    async def _serve(self, job: Job) -> None:
         """Bring a request to the point where the engine decodes it, or end it."""
         request_id = job.request.request_id
         ended: TokenChunk | None = None
         try:
-            self._engine.reserve(job.request, partial(_settle, job.reserved))
+            self._engine.reserve(job.request, partial(settle, job.reserved))
             reservation = await job.reserved
         except BaseException:
             self._give_up(job, "refused")
@@ -255,8 +217,8 @@ class DecodeDesk:
             if first is not None and first.finish_reason is not None:
                 ended = first
             elif job.aborted.done():
-                raise _Aborted
-        except _Aborted:
+                raise Aborted
+        except Aborted:
             ended = TokenChunk((), FinishReason.ABORT)
         except BaseException:
             self._engine.abort(request_id)
@@ -267,7 +229,7 @@ class DecodeDesk:
             return
         self._engine.resume(request_id, first, job.out)
 
-    async def _bring(self, job: _Job, reservation: Reservation) -> TokenChunk | None:
+    async def _bring(self, job: Job, reservation: Reservation) -> TokenChunk | None:
         """Return the first token, its KV being here; None when it is to be computed here."""
         cached = reservation.num_cached_blocks * self._info.block_size
         uncached = len(job.request.prompt_token_ids) - cached
@@ -276,10 +238,10 @@ class DecodeDesk:
             return None
         try:
             return await self._fetch(job, reservation)
-        except _Aborted:
+        except Aborted:
             self._give_up(job, "aborted")
             raise
-        except _WentWrong as wrong:
+        except WentWrong as wrong:
             self._give_up(job, wrong.cause)
             if job.probe or (job.handed_over and wrong.cause == EXPIRED):
                 raise wrong.error from None  # with prefill_first the ingress has moved it already
@@ -296,7 +258,7 @@ class DecodeDesk:
             self._give_up(job, "shutdown")
             raise
 
-    async def _fetch(self, job: _Job, reservation: Reservation) -> TokenChunk:
+    async def _fetch(self, job: Job, reservation: Reservation) -> TokenChunk:
         pair = self._choose(job)
         if not job.asked:
             self._ask(job, pair)
@@ -305,12 +267,12 @@ class DecodeDesk:
         if prefilled.first.finish_reason is not None:
             return prefilled.first
         deadline_s = job.offered_s + offer.timeout_s
-        began_s = _now()
+        began_s = now_s()
         num_bytes = await self._read(job, pair, offer, reservation, deadline_s - began_s)
-        seconds = _now() - began_s
+        seconds = now_s() - began_s
         self._say(pair, Fetched(job.handoff_id, num_bytes, seconds))
-        if not await self._hear(job, job.released, deadline_s - _now(), EXPIRED):
-            raise _WentWrong(
+        if not await self._hear(job, job.released, deadline_s - now_s(), EXPIRED):
+            raise WentWrong(
                 EXPIRED,
                 HandoffExpired(
                     f"handoff {job.handoff_id}: prefill worker {pair.peer_id} had released the "
@@ -322,30 +284,30 @@ class DecodeDesk:
         self._time_first_token(job, offer)
         return prefilled.first
 
-    def _choose(self, job: _Job) -> Pair:
+    def _choose(self, job: Job) -> Pair:
         if job.pair is None and not job.offer.done():
             job.pair = self.pairs.take() if self.pairs is not None else None
             if job.pair is None:
                 missing = self.pairs.missing if self.pairs is not None else "it is stopping"
-                raise _WentWrong(NO_PREFILL, HandoffRefused(f"no prefill worker: {missing}"))
-            self._by_handoff[_key(job.pair, job.handoff_id)] = job
+                raise WentWrong(NO_PREFILL, HandoffRefused(f"no prefill worker: {missing}"))
+            self._by_handoff[handoff_key(job.pair, job.handoff_id)] = job
         if job.pair is None:
             refusal = job.offer.result()
             assert isinstance(refusal, LaunchError), "an offer comes from a pair"
-            raise _WentWrong(REFUSED, refusal)
+            raise WentWrong(REFUSED, refusal)
         return job.pair
 
-    def _ask(self, job: _Job, pair: Pair) -> None:
+    def _ask(self, job: Job, pair: Pair) -> None:
         self._say(pair, PrefillAsk(job.handoff_id, job.request))
         job.asked = True
 
     async def _read(
-        self, job: _Job, pair: Pair, offer: Offer, reservation: Reservation, timeout_s: float
+        self, job: Job, pair: Pair, offer: Offer, reservation: Reservation, timeout_s: float
     ) -> int:
         """Read the blocks that are not here yet; return how many bytes that was."""
         remote, local = offer.prefilled.block_ids, reservation.block_ids
         if len(remote) != len(local):
-            raise _WentWrong(
+            raise WentWrong(
                 TRANSFER,
                 TransferFailed(
                     f"handoff {job.handoff_id}: prefill worker {pair.peer_id} offers {len(remote)} "
@@ -357,20 +319,20 @@ class DecodeDesk:
         if skip == len(local):
             return 0
         if pair.link is None:
-            raise _WentWrong(LOST, PeerLost(f"prefill worker {pair.peer_id}: {pair.reason}"))
+            raise WentWrong(LOST, PeerLost(f"prefill worker {pair.peer_id}: {pair.reason}"))
         if timeout_s <= 0:
             text = f"handoff {job.handoff_id} waited too long for free blocks here"
-            raise _WentWrong(EXPIRED, HandoffExpired(text))
+            raise WentWrong(EXPIRED, HandoffExpired(text))
         try:
             await pair.link.read(remote[skip:], local[skip:], timeout_s)
         except TransferError as error:
-            raise _WentWrong(TRANSFER, error) from error
+            raise WentWrong(TRANSFER, error) from error
         pool = self._engine.kv_pool
         assert pool is not None, "a link needs a pool"
         return (len(local) - skip) * pool.layout.block_bytes
 
     async def _hear(
-        self, job: _Job, said: asyncio.Future[T | LaunchError], timeout_s: float, cause: str
+        self, job: Job, said: asyncio.Future[T | LaunchError], timeout_s: float, cause: str
     ) -> T:
         """Wait for what the prefill worker says, an abort, or the deadline."""
         await asyncio.wait(
@@ -379,19 +341,19 @@ class DecodeDesk:
             return_when=asyncio.FIRST_COMPLETED,
         )
         if job.aborted.done():
-            raise _Aborted
+            raise Aborted
         peer_id = job.pair.peer_id if job.pair is not None else "?"
         if not said.done():
             text = f"prefill worker {peer_id} was silent for {timeout_s:.1f} s"
-            raise _WentWrong(cause, HandoffExpired(f"handoff {job.handoff_id}: {text}"))
+            raise WentWrong(cause, HandoffExpired(f"handoff {job.handoff_id}: {text}"))
         result = said.result()
         if isinstance(result, LaunchError):
-            raise _WentWrong(LOST if isinstance(result, PeerLost) else REFUSED, result)
+            raise WentWrong(LOST if isinstance(result, PeerLost) else REFUSED, result)
         return result
 
-    def _time_first_token(self, job: _Job, offer: Offer) -> None:
+    def _time_first_token(self, job: Job, offer: Offer) -> None:
         """Note the phases once the first token is out."""
-        brought_s = _now()
+        brought_s = now_s()
         compute_s = offer.prefilled.compute_s
         if job.handed_over:
             queue_s = offer.prefilled.queue_s
@@ -400,12 +362,12 @@ class DecodeDesk:
         transfer_s = brought_s - job.offered_s
 
         def told() -> None:
-            self._meters.first_token(queue_s, compute_s, transfer_s, _now() - brought_s)
+            self._meters.first_token(queue_s, compute_s, transfer_s, now_s() - brought_s)
 
         if not job.probe:
             job.out.on_first = told
 
-    def _give_up(self, job: _Job, reason: str) -> None:
+    def _give_up(self, job: Job, reason: str) -> None:
         """Tell the prefill worker that its blocks are not read (any more)."""
         if job.asked and job.pair is not None and not job.released.done():
             peer = job.pair.peer
@@ -418,7 +380,7 @@ class DecodeDesk:
                 raise PeerLost(f"prefill worker {pair.peer_id}: {pair.reason}")
             pair.peer.send(message)
         except PeerLost as error:
-            raise _WentWrong(LOST, error) from error
+            raise WentWrong(LOST, error) from error
 
     def _send(self, peer: Peer, message: Message) -> None:
         try:
@@ -432,29 +394,3 @@ class DecodeDesk:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _settle(future: asyncio.Future[T], result: T) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def _fail(job: _Job, error: LaunchError) -> None:
-    job.out(
-        TokenChunk(
-            (),
-            FinishReason.ERROR,
-            error_code=error.code or "engine_error",
-            error_message=str(error),
-            error_param=error.param,
-        )
-    )
-
-
-def _key(pair: Pair, handoff_id: str) -> tuple[str, str, str]:
-    address = pair.record.address
-    return address.peer_id, address.incarnation, handoff_id
-
-
-def _now() -> float:
-    return time.monotonic()  # the loop's own clock may only count milliseconds

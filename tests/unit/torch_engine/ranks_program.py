@@ -17,6 +17,7 @@ from typing import Any
 from tests.unit.torch_engine.driver import prompt_of, request_of
 from trtllm_workers.config.keys import default_config
 from trtllm_workers.engines.base import EngineOptions, generate
+from trtllm_workers.engines.torch import shared_pages
 from trtllm_workers.engines.torch.core import Core
 from trtllm_workers.engines.torch.engine import TorchEngine
 from trtllm_workers.engines.torch.ranks import join, run_follower
@@ -120,6 +121,10 @@ async def resume(engine: TorchEngine, job: dict[str, Any]) -> Any:
     return tokens
 
 
+async def without_pool(engine: TorchEngine, job: dict[str, Any]) -> Any:
+    return [engine.kv_pool is None, await alone(engine, job)]
+
+
 async def compute_for_ever(engine: TorchEngine, job: dict[str, Any]) -> Any:
     """Compute until the world ends, having said that it does."""
     while True:
@@ -155,7 +160,16 @@ def break_follower() -> None:
 
 JOBS: dict[str, Job] = {
     job.__name__: job
-    for job in (alone, together, abort_storm, prefill, resume, compute_for_ever, die)
+    for job in (
+        alone,
+        together,
+        abort_storm,
+        prefill,
+        resume,
+        without_pool,
+        compute_for_ever,
+        die,
+    )
 }
 
 
@@ -182,7 +196,9 @@ def main() -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     Path(f"{sys.argv[2]}.pid{rank}").write_text(str(os.getpid()))
     results = []
+    place = shared_pages._place
     for job in jobs:
+        shared_pages._place = (lambda: (str(rank),)) if job.get("far_apart") else place
         if rank:
             if job.get("break_follower"):
                 break_follower()

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.fakes.tiny_models import make_tiny_checkpoint
@@ -258,6 +259,25 @@ async def test_a_prefill_worker_of_another_model_is_refused_with_both_names(tmp_
         reason = made.client.stats["d0"].pairs[0].reason
         assert p0.info.model_id in reason
         assert d0.info.model_id in reason
+
+
+async def test_a_record_of_an_older_life_is_no_pair(tmp_path: Path) -> None:
+    """A restarted worker has another incarnation; nobody hands over to the one that was."""
+    async with cluster(tmp_path) as made:
+        p0 = await made.add(Role.PREFILL, "p0")
+        address = msgspec.structs.replace(p0.record.address, incarnation="0" * 24, peer_id="p9")
+        old = msgspec.structs.replace(p0.record, worker_id="p9", address=address)
+        made.discovery.put(old)
+        await made.add(Role.DECODE, "d0")
+        await made.paired("d0", "p9", "lost")
+        await made.paired("d0", "p0")
+        before = msgspec.structs.replace(made.nodes["d0"].mesh.address, incarnation="0" * 24)
+        peer = made.client.mesh.peer(p0.mesh.address)
+        assert peer is not None
+        peer.send(Submit(77, request(prompt_of(1, 9)), made.client.mesh.address, before))
+        await made.client.until(lambda: 77 in made.client.last)
+        assert made.client.last[77].error_code == "worker_lost"
+        assert "is not connected to this prefill worker" in str(made.client.last[77].error_message)
 
 
 async def test_other_block_sizes_are_refused_with_both_values(tmp_path: Path) -> None:

@@ -46,7 +46,11 @@ def build(options: EngineOptions) -> TorchEngine:
 
 
 class TorchEngine:
-    """See ``engines/base.py: Engine`` for the guarantees. All methods belong to one event loop."""
+    """See ``engines/base.py: Engine`` for the guarantees. All methods belong to one event loop.
+
+    A request without a seed draws one on each side of a handoff: its tokens are as random as ever, but
+    not those it would have drawn at one place.
+    """
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
@@ -170,6 +174,7 @@ class TorchEngine:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await asyncio.shield(ended)
         except TimeoutError:
+            runner.give_up()
             raise EngineDead(
                 f"the torch engine's thread did not end within {_CLOSE_TIMEOUT_S:.0f} s; "
                 "it hangs in a computation, and only the end of the process will end it"

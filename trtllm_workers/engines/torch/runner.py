@@ -117,6 +117,10 @@ class Runner:
         self._stopping.set()
         self._orders.put(None)
 
+    def give_up(self) -> None:
+        """Leave a thread that hangs; other ranks, if any, end with this process."""
+        self._ranks.abort_at_exit()
+
     def join(self) -> None:
         """Wait for the thread; call after ``ended``, when it takes no time."""
         self._thread.join()

@@ -41,13 +41,13 @@ def test_answers_equal_an_aggregated_runs(
     for _round in range(2):
         with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
             assert list(pool.map(lambda body: text_of(url, body), bodies)) == expected
-    metrics = httpx.get(url + "/metrics").text
-    moved = re.search(
-        rf'kv_transfers_total{{.*transport="{transport}",wire="(\S+)".*}} (\d+)', metrics
-    )
-    assert moved, metrics
-    assert int(moved.group(2)) == 2 * len(bodies) + 1  # the gate's probe
-    assert "prefill_fallbacks_total{" not in metrics
+    parts = Parts(bench)
+    parts.url = url
+    transfers = 2 * len(bodies) + 1  # the gate's probe
+    parts.wait(lambda: parts.metric("kv_transfers_total", transport=transport) == transfers, "told")
+    assert parts.metric("prefill_fallbacks_total") == 0
+    moved = re.search(r'kv_transfers_total{.*wire="(\S+?)"', parts.get("/metrics").text)
+    assert moved
     listed = bench.run("ps")
     assert re.search(rf"decode-0\s+prefill-0\s+{transport}\s+{moved.group(1)}\s", listed.output), (
         listed.output

@@ -124,6 +124,12 @@ def make_plan(
 
     crews = _crews(settings, engine_configs or {})
     shares, notes = _shares(settings, crews, inventory)
+    if len({crew.num_ranks for crew in crews}) > 1 and settings.engine == "torch":
+        sizes = " and ".join(f"{crew.num_ranks} for {crew.role}" for crew in crews)
+        notes += (
+            f"tensor_parallel_size is {sizes}: their sums are rounded differently, so the check of "
+            "tokens may refuse the pair; with equal sizes it does not",
+        )
     workers = [
         process(
             name := f"{'worker' if crew.role is Role.AGGREGATED else crew.role}-{index}",

@@ -20,7 +20,6 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -35,7 +34,8 @@ from trtllm_workers.transfer.base import (
     check_layouts,
 )
 from trtllm_workers.transfer.nixl_agent import Agent, Direction, load_bindings
-from trtllm_workers.transfer.tcp_channel import Channel, Door, Listener, Owner, dial, read_door
+from trtllm_workers.transfer.nixl_card import NixlDoor, check_wire, has_rdma, this_place
+from trtllm_workers.transfer.tcp_channel import Channel, Listener, Owner, dial, read_door
 from trtllm_workers.transfer.tcp_frames import TOKEN_BYTES, Done, Notify
 from trtllm_workers.transfer.tcp_thread import LoopThread, bounded
 from trtllm_workers.types import TransportCard
@@ -49,18 +49,6 @@ _EAGER_S: Final = 0.002
 _PAUSE_S: Final = 0.001
 
 T = TypeVar("T")
-
-
-class NixlDoor(Door, frozen=True, array_like=True):
-    """A door, and what NIXL needs to reach the pool behind it, which begins at ``base``.
-
-    ``place`` is equal for processes that can read each other's memory; ``has_rdma`` tells of the host.
-    """
-
-    metadata: bytes
-    base: int
-    place: str
-    has_rdma: bool
 
 
 class _Session:
@@ -307,8 +295,8 @@ class NixlTransport:
             token=door.token,
             metadata=self._agent.metadata(),
             base=self._agent.base,
-            place=_place(),
-            has_rdma=_has_rdma(),
+            place=this_place(),
+            has_rdma=has_rdma(),
         )
 
     async def _serve(self, channel: Channel) -> None:
@@ -339,27 +327,13 @@ class NixlTransport:
             )
         check_layouts(self._pool.layout, card.layout, card.peer_id)
         door = read_door(card, NixlDoor)
-        self._check_wire(card.peer_id, door)
+        assert self._door is not None
+        check_wire(self._door, door, card.peer_id)
         link = NixlLink(self._thread, self._pool, self._peer_id, card, door)
         await link.open(timeout_s)
         self._links = [other for other in self._links if not other.closed]
         self._links.append(link)
         return link
-
-    def _check_wire(self, peer_id: str, door: NixlDoor) -> None:
-        """Raise TransferFailed when NIXL could only use UCX's emulation of reads over TCP.
-
-        There a reader that dies or gives up in mid-read ends the *owner's* process ("Fatal: unexpected
-        error: Endpoint timeout", seen with NIXL 1.5.1 and either error handling mode): one
-        worker's death must not be another's.
-        """
-        assert self._door is not None
-        if door.place != self._door.place and not (door.has_rdma and self._door.has_rdma):
-            raise TransferFailed(
-                f"connect to {peer_id}: it shares neither memory nor an RDMA network with this worker, and "
-                "over TCP NIXL lets a dying reader end its peer; start both with --kv-transport ucx "
-                "or tcp"
-            )
 
     async def close(self) -> None:
         for link in self._links:
@@ -372,15 +346,3 @@ class NixlTransport:
     async def _end(self) -> None:
         if self._agent is not None:
             self._agent.close()
-
-
-def _place() -> str:
-    """Return what is equal for processes of one kernel, pid namespace and user namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "user")]
-    return " ".join([boot, *spaces])
-
-
-def _has_rdma() -> bool:
-    """Return whether this host has an RDMA device, InfiniBand or Ethernet."""
-    return any(Path("/sys/class/infiniband").glob("*"))

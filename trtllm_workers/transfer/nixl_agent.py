@@ -172,6 +172,7 @@ class Agent:
                         raise
         self._handles.clear()
         self._ours = self._theirs = 0
+        self._memory = self._np.empty(0, dtype=self._np.uint8)  # lets go of the pool
 
 
 def _is_nixl(error: Exception) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,8 @@ from click.testing import CliRunner
 
 from trtllm_workers.cli import part, world
 from trtllm_workers.cli.main import group
-from trtllm_workers.config.engine_config import parse_override
 from trtllm_workers.config.keys import EngineConfig, Setting
 from trtllm_workers.config.settings import Settings
-from trtllm_workers.errors import ConfigError
 from trtllm_workers.ingress import serve as ingress_serve
 from trtllm_workers.ingress.settings import IngressSettings
 from trtllm_workers.observe.status import read_status
@@ -147,8 +148,15 @@ def test_worker_without_tensor_parallelism_is_no_world() -> None:
     assert world.rank_in_world(EngineConfig("torch", one)) == 0
 
 
-def test_worker_outside_its_world_is_refused(invoke: Invoke, served: list[Any]) -> None:
-    override = parse_override("tensor_parallel_size=2", "--set")
-    with pytest.raises(ConfigError, match="needs an MPI world of 2 ranks"):
-        invoke("worker", "--set", str(override), ENGINE="torch")
-    assert served == []
+def test_worker_outside_its_world_is_refused(tmp_path: Path) -> None:
+    """In a process of its own: MPI cannot be unloaded."""
+    words = ["worker", "--set", "tensor_parallel_size=2", "--discovery", tmp_path.as_uri()]
+    done = subprocess.run(
+        [sys.executable, "-m", "trtllm_workers.cli.main", *words],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("trtllm-launch: tensor_parallel_size 2 needs ")

@@ -133,6 +133,12 @@ def test_threads_are_shared_by_all_ranks() -> None:
     assert [one.env.get("OMP_NUM_THREADS") for one in plan.processes] == ["2", "2", None]
 
 
+def test_roles_of_different_size_may_not_agree_and_that_is_said() -> None:
+    assert plan_of(prefill=config_of(2), decode=config_of(2)).notes == ()
+    (note,) = plan_of(prefill=config_of(2), decode=config_of(4)).notes
+    assert note.startswith("tensor_parallel_size is 2 for prefill and 4 for decode: ")
+
+
 @pytest.mark.parametrize("lacks", [("mpiexec",), ("mpi4py",), ("mpiexec", "mpi4py")])
 def test_missing_mpi_is_said_with_the_command_that_brings_it(lacks: tuple[str, ...]) -> None:
     inventory = dataclasses.replace(INVENTORY, mpi_lacks=lacks)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.unit.deploy.support import FAKE_PART, Launch, gone, launched_fakes
-from trtllm_workers.deploy import proc, world
+from trtllm_workers.deploy import world
 from trtllm_workers.deploy.inventory import mpiexec_path
 from trtllm_workers.deploy.run import find_runs, ranks_of
 
@@ -47,12 +47,12 @@ def test_report_leaves_out_what_mpiexec_says() -> None:
     assert world.without_chatter([*CHATTER, ABORT]) == ["loading shard 2 of 5"]
 
 
-def test_shared_memory_that_killed_ranks_leave_is_removed() -> None:
-    left = Path(f"/dev/shm/mpich_shm_test{os.getpid()}")
+def test_shared_memory_that_killed_ranks_leave_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = Path(f"{world._SHARED}test{os.getpid()}")
+    monkeypatch.setattr(world, "_SHARED", str(left))  # another test may have loaded MPI here
     left.write_bytes(bytes(4096))
     try:
         with left.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-            assert proc.mapped_files(os.getpid(), "/dev/shm/mpich_shm_") == {left}
             watch = world.WorldWatch("abc123", "worker-0", 2)
             asyncio.run(watch._note_shared([os.getpid()]))
         assert watch.shared == {left}

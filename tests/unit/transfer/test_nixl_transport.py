@@ -8,7 +8,8 @@ import pytest
 from tests.fakes.transport_peer import make_layout, make_pool
 from trtllm_workers.errors import TransferFailed, TransportUnavailable
 from trtllm_workers.transfer import nixl_agent
-from trtllm_workers.transfer.nixl import NixlDoor, NixlTransport
+from trtllm_workers.transfer.nixl import NixlTransport
+from trtllm_workers.transfer.nixl_card import NixlDoor
 from trtllm_workers.types import TransportCard
 
 

@@ -22,9 +22,8 @@ _SAMPLE_BYTES = 65_536
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """``count`` rows (``axis`` 0) or columns (1) of a tensor, from ``first`` on."""
+    """``count`` rows of a tensor, from ``first`` on."""
 
-    axis: int
     first: int
     count: int
 
@@ -92,8 +91,7 @@ class Checkpoint:
                 whole = self._open[file].get_slice(name)
                 found = tuple(whole.get_shape())
                 if found == shape:
-                    chosen = slice(part.first, part.first + part.count)
-                    return found, whole[chosen] if part.axis == 0 else whole[:, chosen]
+                    return found, whole[part.first : part.first + part.count]
             tensor: torch.Tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise _error(

@@ -34,7 +34,7 @@ def rows_are_invariant(
 @torch.inference_mode()
 def products_are_invariant(model: Model) -> bool:
     """Return whether a model's products keep rows apart: one of each shape is tried."""
-    config = model.config
+    config = model.whole_config
     hidden = config.hidden_size
     inners = (hidden, config.num_heads * config.head_dim, hidden, config.intermediate_size)
     checked = list(zip(model.linears[:4], inners, strict=True))

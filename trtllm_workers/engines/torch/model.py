@@ -18,7 +18,7 @@ from trtllm_workers.engines.torch.linear import Linear, can_pack, make_linear
 from trtllm_workers.engines.torch.model_config import ModelConfig
 from trtllm_workers.engines.torch.ranks import ALONE, Ranks
 from trtllm_workers.engines.torch.rope import pair_up, rotate, rotation_table
-from trtllm_workers.engines.torch.tensor_parallel import SummedLinear, share_of
+from trtllm_workers.engines.torch.tensor_parallel import GatheredLinear, share_of
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Model:
         pack: bool = True,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._whole = config
+        self.whole_config = config
         self._ranks = ranks
         self.config = share_of(config, ranks)
         self.device = device
@@ -90,7 +90,7 @@ class Model:
     def linears(self) -> list[Linear]:
         """Every layer's four products, in order, as far as this rank computes them; not the head."""
         return [
-            linear.part if isinstance(linear, SummedLinear) else linear
+            linear.part if isinstance(linear, GatheredLinear) else linear
             for layer in self._layers
             for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)
         ]
@@ -170,7 +170,7 @@ class Model:
     # --- loading -------------------------------------------------------------------------------
 
     def _load_layer(self, index: int) -> _Layer:
-        config = self._whole
+        config = self.whole_config
         name = f"model.layers.{index}"
         hidden, inner = config.hidden_size, config.intermediate_size
         q_size = config.num_heads * config.head_dim
@@ -179,14 +179,14 @@ class Model:
             input_norm=self._vector(f"{name}.input_layernorm.weight", hidden),
             qkv=self._load_qkv(f"{name}.self_attn"),
             qk_norm=self._load_qk_norm(f"{name}.self_attn") if config.qk_norm else None,
-            out=self._summed(f"{name}.self_attn.o_proj", hidden, q_size, config.o_bias),
+            out=self._gathered(f"{name}.self_attn.o_proj", hidden, q_size, config.o_bias),
             post_norm=self._vector(f"{name}.post_attention_layernorm.weight", hidden),
             gate_up=self._gate_up(f"{name}.mlp", inner, hidden, config.mlp_bias),
-            down=self._summed(f"{name}.mlp.down_proj", hidden, inner, config.mlp_bias),
+            down=self._gathered(f"{name}.mlp.down_proj", hidden, inner, config.mlp_bias),
         )
 
     def _load_qkv(self, name: str) -> Linear:
-        config = self._whole
+        config = self.whole_config
         weights: list[torch.Tensor] = []
         biases: list[torch.Tensor] = []
         for part, num_heads in (
@@ -222,25 +222,18 @@ class Model:
         biases = [self._rows(f"{each}.bias", rows) for each in names if bias]
         return self._pack(torch.cat(weights), torch.cat(biases) if biases else None)
 
-    def _summed(self, name: str, rows: int, columns: int, bias: bool) -> Linear:
-        """Load a product whose inputs are cut over ranks."""
-        found = self._checkpoint.take(f"{name}.bias", rows) if bias else None
-        part = self._part(1, columns)
-        weight = self._checkpoint.take(f"{name}.weight", rows, columns, part=part)
-        if part is None:
-            return self._pack(weight, found)
-        on_device = None if found is None else found.to(self.device, copy=True)
-        return SummedLinear(self._pack(weight, None), on_device, self._ranks)
+    def _gathered(self, name: str, rows: int, columns: int, bias: bool) -> Linear:
+        """Load a product whose inputs are spread over ranks, and whose outputs are wanted everywhere."""
+        weight = self._rows(f"{name}.weight", rows, columns)
+        linear = self._pack(weight, self._rows(f"{name}.bias", rows) if bias else None)
+        return linear if self._ranks.size == 1 else GatheredLinear(linear, rows, self._ranks)
 
     def _rows(self, name: str, *shape: int) -> torch.Tensor:
         """Load this rank's rows of a weight or bias."""
-        return self._checkpoint.take(name, *shape, part=self._part(0, shape[0]))
-
-    def _part(self, axis: int, size: int) -> Part | None:
         if self._ranks.size == 1:
-            return None
-        count = size // self._ranks.size
-        return Part(axis, self._ranks.rank * count, count)
+            return self._checkpoint.take(name, *shape)
+        count = shape[0] // self._ranks.size
+        return self._checkpoint.take(name, *shape, part=Part(self._ranks.rank * count, count))
 
     def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         return make_linear(weight, bias, device=self.device, packed=self.packed)

@@ -82,14 +82,10 @@ class Ranks:
                 raise kind(f"rank {rank} of {self.size}: {message}", param=param)
         return found  # type: ignore[return-value] # the action's own, None included
 
-    def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """Return the float32 sum of all ranks' ``part``, of one shape and dtype.
-
-        Added in order of ranks on every rank. A reducing call of MPI would choose its order by the
-        length of the message, and so a row's sum by how many rows there are.
-        """
+    def side_by_side(self, part: torch.Tensor) -> torch.Tensor:
+        """Return all ranks' ``part`` [rows, columns], columns in order of ranks: [rows, size × columns]."""
         if self._comm is None:
-            return part.float()
+            return part
         num_bytes = part.nbytes
         if self._parts.numel() < num_bytes * self.size:
             self._parts = torch.empty(num_bytes * self.size, dtype=torch.uint8)
@@ -98,10 +94,9 @@ class Ranks:
         parts[self.rank].copy_(part)  # also from a GPU
         if num_bytes:
             self._comm.Allgather(self._mpi.IN_PLACE, [held.numpy(), self._mpi.BYTE])
-        total = parts[0].to(torch.float32, copy=True)
-        for rank in range(1, self.size):
-            total += parts[rank]
-        return total.to(part.device)
+        whole = torch.empty(part.shape[0], self.size, part.shape[1], dtype=part.dtype)
+        whole.copy_(parts.transpose(0, 1))  # out of the buffer, which the next call overwrites
+        return whole.view(part.shape[0], -1).to(part.device)
 
     def send(self, message: object) -> None:
         """Send an object from rank 0 to all others."""

@@ -1,7 +1,8 @@
-"""How a model is cut over ranks. Knows shapes and sums, no file and no request.
+"""How a model is cut over ranks. Knows shapes, no file and no request.
 
-Every rank has whole heads: q, k, v, gate and up are cut by their output, out and down by their input,
-so that a layer needs two sums over ranks. Embeddings and norms are everywhere, the head on rank 0.
+Every product is cut by its outputs: a rank has whole heads of q, k and v, and as many rows of out, gate,
+up and down. So no sum is cut, and every number comes out with the same bits as on a single rank; what
+crosses ranks is only put side by side. Embeddings and norms are everywhere, the head is on rank 0.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def check_divisible(config: ModelConfig, size: int, source: str, folder: Path) -
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "intermediate_size": config.intermediate_size,
+        "hidden_size": config.hidden_size,
     }
     wrong = [f"{name} {value}" for name, value in cut.items() if value % size]
     if wrong:
@@ -37,7 +39,7 @@ def check_divisible(config: ModelConfig, size: int, source: str, folder: Path) -
 
 
 def share_of(config: ModelConfig, ranks: Ranks) -> ModelConfig:
-    """Return the shape of one rank's part of the model."""
+    """Return the shape of one rank's part of the model; the hidden size stays whole."""
     return replace(
         config,
         num_heads=config.num_heads // ranks.size,
@@ -46,22 +48,19 @@ def share_of(config: ModelConfig, ranks: Ranks) -> ModelConfig:
     )
 
 
-class SummedLinear:
-    """A product of which every rank has some of the inputs. All ranks call it at the same time.
+class GatheredLinear:
+    """A product of which every rank has some inputs and computes some outputs; it returns all outputs.
 
-    Parts are in the model's dtype. Bias and residual are added to their float32 sum, before the one
-    rounding to the model's dtype.
+    All ranks call it at the same time. Two exchanges instead of one sum over ranks: about as many bytes
+    with two ranks, and a sum's order would depend on the number of ranks.
     """
 
-    def __init__(self, part: Linear, bias: torch.Tensor | None, ranks: Ranks) -> None:
+    def __init__(self, part: Linear, num_outputs: int, ranks: Ranks) -> None:
         self.part = part
-        self._bias = None if bias is None else bias.float()
         self._ranks = ranks
+        count = num_outputs // ranks.size
+        self._own = slice(ranks.rank * count, (ranks.rank + 1) * count)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        total = self._ranks.sum(self.part(x))
-        if self._bias is not None:
-            total += self._bias
-        if residual is not None:
-            total += residual
-        return total.to(x.dtype)
+        own = None if residual is None else residual[:, self._own].contiguous()
+        return self._ranks.side_by_side(self.part(self._ranks.side_by_side(x), own))

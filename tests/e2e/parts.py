@@ -55,7 +55,7 @@ class Parts:
 
     def wait_pairs(self, count: int, state: str = "ready") -> None:
         """Wait until so many pairs are in a state."""
-        line = re.compile(rf'^trtllm_launch_pairs{{.*state="{state}".*}} 1\.0$', re.MULTILINE)
+        line = re.compile(rf'^trtllm_launch_kv_pairs{{.*state="{state}".*}} 1\.0$', re.MULTILINE)
         self.wait(lambda: len(line.findall(self.get("/metrics").text)) == count, f"{count} pairs")
 
     def metric(self, name: str, **labels: str) -> float:

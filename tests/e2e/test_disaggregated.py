@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,40 @@ def test_answers_equal_an_aggregated_runs(
     assert re.search(rf"decode-0\s+prefill-0\s+{transport}\s+{moved.group(1)}\s", listed.output), (
         listed.output
     )
+
+
+def test_with_two_ranks_answers_equal_an_aggregated_runs_with_two_ranks(bench: Workbench) -> None:
+    """Each worker is one MPI world; blocks of both ranks move in one piece."""
+    two = ("--set", "tensor_parallel_size=2", "--set", "max_num_tokens=256")
+    bodies = [completion(prompt) for prompt in PROMPTS]
+    run, url = bench.up(*two)
+    expected = [text_of(url, body) for body in bodies]
+    run.signal(signal.SIGINT)
+    run.wait_end()
+    for strategy in STRATEGIES:
+        run, url = bench.up("--disaggregated", "--strategy", strategy, *two)
+        for _round in range(2):
+            with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+                assert list(pool.map(partial(text_of, url), bodies)) == expected
+        run.signal(signal.SIGINT)
+        run.wait_end()
+    bench.wait_empty()
+
+
+def test_a_dead_rank_ends_its_worker_and_is_named(bench: Workbench) -> None:
+    run, _ = bench.up("--disaggregated", "--set", "tensor_parallel_size=2")
+    ranks = [
+        pid
+        for pid, command in bench.survivors().items()
+        if "decode-0" in command and "mpiexec" not in command and "mpi4py" in command
+    ]
+    assert len(ranks) == 2
+    began = time.monotonic()
+    os.kill(max(ranks), signal.SIGKILL)
+    assert run.wait_end() == 4
+    assert time.monotonic() - began < 10
+    assert re.search(r"rank \d of decode-0 was killed by SIGKILL", run.output), run.output
+    bench.wait_empty()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -68,6 +68,16 @@ class Ladder:
         """Return what the process said with its step."""
         return self._rungs[name].detail
 
+    def hopeless(self, name: str, status: Status | None) -> str | None:
+        """Return why a decode worker will never be ready: every prefill worker is refused."""
+        if status is None or self._rungs[name].ready:
+            return None
+        num_prefills = sum(rung.role == "prefill" for rung in self._rungs.values())
+        refused = [pair for pair in status.pairs if pair.state in ("refused", "mismatch")]
+        if not refused or len(refused) < num_prefills:
+            return None
+        return "; ".join(f"{one.peer}: {one.state}: {one.reason}" for one in refused)
+
     def observe(self, name: str, status: Status | None, now_s: float) -> str | None:
         """Take a report; return the step in words when it is worth a line."""
         rung = self._rungs[name]
@@ -130,8 +140,11 @@ async def climb(
     clock = asyncio.get_running_loop().time
     while True:
         for name, path in status_files.items():
-            if line := ladder.observe(name, read_status(path), clock()):
+            status = read_status(path)
+            if line := ladder.observe(name, status, clock()):
                 show(name, line)
+            if why := ladder.hopeless(name, status):
+                raise StartError(f"{name} has no prefill worker that fits: {why}")
         if ladder.ready:
             return
         for line in ladder.waiting(clock()):

@@ -44,7 +44,7 @@ def show_handoffs(metrics: Metrics, load: WorkerStats) -> None:
 
 def _show_pair(metrics: Metrics, worker_id: str, pair: PairStats) -> None:
     peer = pair.peer.peer_id
-    metrics.gauge(f"{_PREFIX}pairs", worker_id=worker_id, peer=peer, state=pair.state).set(1)
+    metrics.gauge(f"{_PREFIX}kv_pairs", worker_id=worker_id, peer=peer, state=pair.state).set(1)
     for result, count in (
         ("passed", pair.canary_passed),
         ("failed", pair.canary_failed),
@@ -67,4 +67,4 @@ def _show_pair(metrics: Metrics, worker_id: str, pair: PairStats) -> None:
         ("transfer_seconds_total", pair.seconds),
     ):
         metrics.counter(f"{_PREFIX}kv_{what}", **labels).advance_to(total)
-    metrics.gauge(f"{_PREFIX}kv_transfer_gb_per_second", **labels).set(pair.gb_per_s)
+    metrics.gauge(f"{_PREFIX}kv_transfer_gigabytes_per_second", **labels).set(pair.gb_per_s)

@@ -209,13 +209,13 @@ TABLE: tuple[Spec, ...] = (
         "Seconds that reading KV blocks took.",
     ),
     Spec(
-        "trtllm_launch_kv_transfer_gb_per_second",
+        "trtllm_launch_kv_transfer_gigabytes_per_second",
         "gauge",
         ("worker_id", "peer", "transport", "wire"),
         "Rate of recent reads of KV blocks, 10^9 bytes a second.",
     ),
     Spec(
-        "trtllm_launch_pairs",
+        "trtllm_launch_kv_pairs",
         "gauge",
         ("worker_id", "peer", "state"),
         "1 for the state a pair is in: checking, ready, refused, mismatch or lost.",

@@ -19,12 +19,10 @@ same name, and the second one to be loaded finds the first one's symbols.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
 import os
 import secrets
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import msgspec
@@ -40,11 +38,10 @@ from trtllm_workers.transfer.ucx_card import (
 )
 from trtllm_workers.transfer.ucx_link import LinkSetting, UcxLink
 from trtllm_workers.transfer.ucx_notify import Notifier
-from trtllm_workers.transfer.ucx_worker import DataWorker
+from trtllm_workers.transfer.ucx_worker import Server
 from trtllm_workers.types import TransportCard
 
 _TOKEN_BYTES: Final = 32
-_SLOW_THREADS: Final = 4  # connections that may be opened or closed at the same time
 # Shared memory counts as able to report dead peers only with this, and endpoints ask for it.
 _OPTIONS: Final = {"MM_ERROR_HANDLING": "y"}
 # A block of 32 KiB fits in one message. 512 of them (17 MiB of shared memory per worker) may be under
@@ -79,16 +76,11 @@ class UcxTransport:
         native = await asyncio.to_thread(ucx_native.load)
         token = secrets.token_bytes(_TOKEN_BYTES)
         options = {**_OPTIONS, **_carriers(self._host)}
-        quick = ThreadPoolExecutor(1, thread_name_prefix=f"ucx-start-{self._peer_id}")
-        slow = ThreadPoolExecutor(_SLOW_THREADS, thread_name_prefix=f"ucx-open-{self._peer_id}")
-        with contextlib.ExitStack() as undo:
-            undo.callback(quick.shutdown)
-            undo.callback(slow.shutdown)
+        try:
+            server = await asyncio.to_thread(
+                Server, native, {**options, **_DATA_OPTIONS}, pool, token
+            )
             try:
-                data = await asyncio.get_running_loop().run_in_executor(
-                    slow, DataWorker, native, {**options, **_DATA_OPTIONS}, pool, token
-                )
-                undo.callback(data.close)
                 notifier = Notifier(
                     native,
                     options,
@@ -96,19 +88,23 @@ class UcxTransport:
                     token=token,
                     on_notify=self._on_notify,
                 )
-            except native.failures as error:
-                raise TransportUnavailable(
-                    f"UCX cannot start on this host ({error}); is kernel.shmmax above 32 MiB? "
-                    "Or choose another transport"
-                ) from error
-            undo.pop_all()
-        self._setting = LinkSetting(pool, data, notifier, quick, slow, self._links.discard)
+            except BaseException:
+                server.close()
+                raise
+        except native.failures as error:
+            raise TransportUnavailable(
+                f"UCX cannot start on this host ({error}); is kernel.shmmax above 32 MiB? "
+                "Or choose another transport"
+            ) from error
+        self._setting = LinkSetting(
+            native, {**options, **_DATA_OPTIONS}, pool, server, notifier, self._links.discard
+        )
         self._card = TransportCard(
             transport=self.name,
             peer_id=self._peer_id,
             layout=pool.layout,
             num_blocks=pool.num_blocks,
-            address=msgspec.msgpack.encode(_address(data, notifier, token)),
+            address=msgspec.msgpack.encode(_address(server, notifier, token)),
         )
 
     def card(self) -> TransportCard:
@@ -142,20 +138,18 @@ class UcxTransport:
             return
         await asyncio.gather(*(link.close() for link in tuple(self._links)))
         setting.notifier.close()
-        await asyncio.get_running_loop().run_in_executor(setting.slow, setting.data.close)
-        setting.quick.shutdown()
-        setting.slow.shutdown()
+        await asyncio.to_thread(setting.server.close)
 
 
-def _address(data: DataWorker, notifier: Notifier, token: bytes) -> UcxAddress:
+def _address(server: Server, notifier: Notifier, token: bytes) -> UcxAddress:
     pid = os.getpid()
     return UcxAddress(
-        worker=data.address,
+        worker=server.address,
         notify_worker=notifier.address,
-        pool_address=data.pool_memory.address,
-        pool_key=data.pool_memory.remote_key,
-        hello_address=data.hello_memory.address,
-        hello_key=data.hello_memory.remote_key,
+        pool_address=server.pool_memory.address,
+        pool_key=server.pool_memory.remote_key,
+        hello_address=server.hello_memory.address,
+        hello_key=server.hello_memory.remote_key,
         token=token,
         host=this_host(),
         pid=pid,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -13,25 +13,24 @@ from typing import Any, Final
 from trtllm_workers.errors import TransferFailed
 from trtllm_workers.transfer.base import KvPool, check_block_ids
 from trtllm_workers.transfer.ucx_card import PeerProcess, UcxAddress
-from trtllm_workers.transfer.ucx_native import OK, UcxError
+from trtllm_workers.transfer.ucx_native import OK, Native, UcxError
 from trtllm_workers.transfer.ucx_notify import Notifier
-from trtllm_workers.transfer.ucx_worker import WINDOW, Batch, Channel, DataWorker
+from trtllm_workers.transfer.ucx_worker import WINDOW, Batch, Channel, Server
 from trtllm_workers.types import TransportCard
 
-_LOOK_S: Final = 0.001  # between two looks at requests under way
-_STOP_S: Final = 5.0  # for requests to end after their endpoint was closed by force
+_TURN_S: Final = 0.02  # one operation drives the link that long before it looks about
 _SHARED_MEMORY: Final = frozenset({"sysv", "posix", "cma", "xpmem", "knem", "self"})
 
 
 @dataclass(frozen=True, slots=True)
 class LinkSetting:
-    """What links of one transport share. ``quick`` starts requests; ``slow`` opens and closes."""
+    """What links of one transport share."""
 
+    native: Native
+    options: Mapping[str, str]
     pool: KvPool
-    data: DataWorker
+    server: Server
     notifier: Notifier
-    quick: Executor
-    slow: Executor
     forget: Callable[[UcxLink], None]
 
 
@@ -44,8 +43,10 @@ class UcxLink:
         self._peer = peer
         self._process = PeerProcess(peer)
         self._channel: Channel | None = None
+        # Everything of a channel happens on this thread; it starts with the first call.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"ucx-{card.peer_id}")
         self._opening = asyncio.Lock()
-        self._notify_endpoint: Any = None
+        self._notify_endpoint: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._wire = "unknown"
         self._closed = False
@@ -79,12 +80,17 @@ class UcxLink:
                 self._notify_endpoint = notifier.connect(self._peer.notify_worker)
             async with asyncio.timeout(timeout_s):
                 await notifier.send(self._notify_endpoint, self._peer.token, message)
-        except TimeoutError as error:  # before OSError, which it is
-            self._notify_endpoint = None
+        except TimeoutError as error:
+            self._end_notifying()
             raise self._failed("notify", f"not sent within {timeout_s:g} s") from error
-        except self._setting.data.native.failures as error:
-            self._notify_endpoint = None
+        except UcxError as error:
+            self._end_notifying()
             raise self._failed("notify", str(error)) from error
+
+    def _end_notifying(self) -> None:
+        if self._notify_endpoint is not None:
+            self._setting.notifier.disconnect(self._notify_endpoint)
+            self._notify_endpoint = None
 
     async def close(self) -> None:
         if self._closed:
@@ -92,15 +98,11 @@ class UcxLink:
         self._closed = True
         channel, self._channel = self._channel, None
         if channel is not None:
-            await self._run(channel.close)  # ends the requests that tasks still wait for
-        if self._notify_endpoint is not None:
-            self._setting.notifier.disconnect(self._notify_endpoint)
-            self._notify_endpoint = None
+            await self._run(channel.close)  # tasks that wait for its requests see it closed
+        self._end_notifying()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        if channel is not None:
-            channel.users += 1
-            self._leave(channel)
+        self._thread.shutdown()
         self._process.close()
         self._setting.forget(self)
 
@@ -130,112 +132,74 @@ class UcxLink:
     ) -> None:
         deadline = asyncio.get_running_loop().time() + timeout_s
         channel = await self._open(timeout_s, stop)
-        channel.users += 1
-        try:
-            await self._copy_over(channel, local, remote, deadline, timeout_s, write, stop)
-        finally:
-            self._leave(channel)
-
-    async def _copy_over(
-        self,
-        channel: Channel,
-        local: Sequence[int],
-        remote: Sequence[int],
-        deadline: float,
-        timeout_s: float,
-        write: bool,
-        stop: asyncio.Event,
-    ) -> None:
         what = "write" if write else "read"
-        loop = asyncio.get_running_loop()
         pieces = channel.pieces(local, remote, self._setting.pool.layout.block_bytes)
         for window in pieces.windows(WINDOW):
             if stop.is_set():
                 return  # cancelled, and nothing is under way
             self._check_usable(what)
-            starting = loop.run_in_executor(
-                self._setting.quick, partial(channel.start, window, write=write)
+            await self._settle(
+                what, channel, partial(channel.start, window, write=write), deadline, timeout_s
             )
-            try:
-                batch = await asyncio.shield(starting)
-            except UcxError as error:
-                raise self._failed(what, str(error)) from error
-            except asyncio.CancelledError:
-                await self._stop(channel, await starting)
-                raise
-            await self._settle(what, channel, batch, deadline, timeout_s)
 
     async def _open(self, timeout_s: float, stop: asyncio.Event) -> Channel:
         """Return the connection, made anew when there is none. Raises TransferFailed."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        what = "connecting"
         async with self._opening:
             if self._channel is not None:
                 return self._channel
-            self._check_usable("connecting")
-            data = self._setting.data
+            self._check_usable(what)
+            use = self._setting
             try:
-                channel: Channel = await self._run(lambda: Channel(data, self._peer))
-            except data.native.failures as error:
-                raise self._failed("connecting", str(error)) from error
-            channel.users += 1
-            try:
-                hello = channel.start_hello()
-                await self._settle("connecting", channel, hello, deadline, timeout_s)
-                if not channel.hello_matches():
-                    await self._run(channel.close)
-                    raise self._failed("connecting", "another process answers at its address")
-                self._wire = _wire_name(channel.transports())
-                self._channel = channel
-                return channel
-            finally:
-                self._leave(channel)
+                channel: Channel = await self._run(
+                    partial(Channel, use.native, use.options, use.server.pinned, self._peer)
+                )
+            except use.native.failures as error:
+                raise self._failed(what, str(error)) from error
+            await self._settle(what, channel, channel.start_hello, deadline, timeout_s)
+            if self._closed or not channel.hello_matches():
+                await self._run(channel.close)
+                self._check_usable(what)
+                raise self._failed(what, "another process answers at its address")
+            self._wire = _wire_name(channel.transports())
+            self._channel = channel
+            return channel
 
     async def _settle(
-        self, what: str, channel: Channel, batch: Batch, deadline: float, timeout_s: float
+        self,
+        what: str,
+        channel: Channel,
+        start: Callable[[], Batch],
+        deadline: float,
+        timeout_s: float,
     ) -> None:
-        """Wait for the end of a batch. Raises TransferFailed, and then no byte moves any more."""
+        """Start a batch and see it end. Raises TransferFailed, and then no byte moves any more."""
         loop = asyncio.get_running_loop()
+
+        def begin() -> Batch:
+            batch = start()
+            channel.drive(batch, _TURN_S)
+            return batch
+
         try:
-            while True:
-                if batch.ended or (batch.flushed() and await self._run(batch.collect)):
-                    break
+            batch: Batch = await self._run(begin)
+            while not batch.ended:
                 if self._process.gone():
                     raise self._failed(what, "its process has ended")
                 if loop.time() >= deadline:
                     raise self._failed(what, f"not done within {timeout_s:g} s")
-                await asyncio.sleep(_LOOK_S)
+                turn_s = min(_TURN_S, max(deadline - loop.time(), 0.0))
+                await self._run(partial(channel.drive, batch, turn_s))
             if batch.status != OK:
-                raise self._failed(what, channel_error(self._setting.data, batch.status))
+                raise self._failed(what, f"{self._setting.native.describe(batch.status)}")
         except BaseException as error:
-            if not await self._stop(channel, batch):
-                raise self._failed(
-                    what,
-                    f"{error}; {_STOP_S:g} s after closing the connection UCX has not ended all of "
-                    "its requests, so local blocks of this operation may still change: do not use "
-                    "them again",
-                ) from error
+            if self._channel is channel:
+                self._channel = None
+            await self._run(channel.close)
+            if isinstance(error, UcxError):
+                raise self._failed(what, str(error)) from error
             raise
-
-    async def _stop(self, channel: Channel, batch: Batch) -> bool:
-        """Close the connection by force; return whether all requests of the batch have ended."""
-        loop = asyncio.get_running_loop()
-        if self._channel is channel:
-            self._channel = None
-        await self._run(channel.close)
-        deadline = loop.time() + _STOP_S
-        while not batch.collect():
-            if loop.time() >= deadline:
-                self._setting.data.unfinished.append((channel, batch))
-                return False
-            await asyncio.sleep(_LOOK_S)
-        return True
-
-    def _leave(self, channel: Channel) -> None:
-        """Count one operation less; the last one gives the keys of a closed channel back."""
-        channel.users -= 1
-        if channel.closed and channel.users == 0 and not self._setting.data.is_unfinished(channel):
-            channel.forget()
 
     async def _whole(self, start: Callable[[asyncio.Event], Awaitable[object]]) -> None:
         """Run an operation to its end even when our caller is cancelled meanwhile."""
@@ -259,7 +223,14 @@ class UcxLink:
             raise
 
     async def _run(self, call: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._setting.slow, call)
+        """Call on the link's thread; what was called has ended when this ends."""
+        calling = asyncio.get_running_loop().run_in_executor(self._thread, call)
+        try:
+            return await asyncio.shield(calling)
+        except asyncio.CancelledError:
+            with contextlib.suppress(Exception):
+                await calling
+            raise
 
     def _check_usable(self, what: str) -> None:
         if self._closed:
@@ -269,11 +240,6 @@ class UcxLink:
 
     def _failed(self, what: str, why: str) -> TransferFailed:
         return TransferFailed(f"ucx {what} with {self.peer_id}: {why}")
-
-
-def channel_error(data: DataWorker, status: int) -> str:
-    """Return what to tell about a failed request."""
-    return f"{data.native.describe(status)} (UCX status {status})"
 
 
 def _wire_name(transports: Sequence[str]) -> str:

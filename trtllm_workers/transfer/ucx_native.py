@@ -25,6 +25,12 @@ IN_PROGRESS: Final = 1
 _STATUS = c.c_int8  # ucs_status_t is packed into one byte
 _FIRST_ERROR: Final = 2**64 - 100  # UCS_PTR_IS_ERR: the last 100 addresses are status codes
 
+_MASK_FLAGS: Final = 1 << 4  # UCP_OP_ATTR_FIELD_FLAGS
+_CLOSE_BY_FORCE: Final = 1  # UCP_EP_CLOSE_FLAG_FORCE
+_EP_ADDRESS_AND_ERRORS: Final = (
+    0b111  # UCP_EP_PARAM_FIELD_REMOTE_ADDRESS, _ERR_HANDLING_MODE, _ERR_HANDLER
+)
+_ERRORS_PER_PEER: Final = 1  # UCP_ERR_HANDLING_MODE_PEER
 _MASK_MEMORY: Final = 1 << 8  # UCP_OP_ATTR_FIELD_MEMH
 _EP_TRANSPORTS: Final = 1 << 3  # UCP_EP_ATTR_FIELD_TRANSPORTS
 _MAX_TRANSPORTS: Final = 32
@@ -57,6 +63,24 @@ class _MapParams(c.Structure):
     )
 
 
+class _EpParams(c.Structure):
+    _fields_ = (
+        ("mask", c.c_uint64),
+        ("address", c.c_char_p),
+        ("err_mode", c.c_int),
+        ("err_callback", c.c_void_p),
+        ("err_argument", c.c_void_p),
+        ("user_data", c.c_void_p),
+        ("flags", c.c_uint),
+        ("sockaddr", c.c_void_p),
+        ("sockaddr_length", c.c_uint32),
+        ("conn_request", c.c_void_p),
+        ("name", c.c_char_p),
+        ("local_sockaddr", c.c_void_p),
+        ("local_sockaddr_length", c.c_uint32),
+    )
+
+
 class _TransportEntry(c.Structure):
     _fields_ = (("transport", c.c_char_p), ("device", c.c_char_p))
 
@@ -76,6 +100,11 @@ class _EpAttr(c.Structure):
 
 class _TagInfo(c.Structure):
     _fields_ = (("tag", c.c_uint64), ("length", c.c_size_t))
+
+
+@c.CFUNCTYPE(None, c.c_void_p, c.c_void_p, _STATUS)
+def _endpoint_failed(_argument: object, _endpoint: object, _status: object) -> None:
+    """Do nothing: requests report the failure. UCX only wants somebody to be told."""
 
 
 class UcxError(Exception):
@@ -110,6 +139,18 @@ def load() -> Native:
     return Native(ucxx, libraries[0], libraries[-1]._name)
 
 
+def _quieten(libucs: Any) -> None:
+    """Keep UCX's warnings off stdout, unless the operator asked for another level.
+
+    ucxx sets a variable that its own build of UCX does not know, and every request that ends with its
+    worker is a warning.
+    """
+    level = c.create_string_buffer(64)
+    libucs.ucs_global_opts_get_value(b"LOG_LEVEL", level, c.c_size_t(len(level)))
+    if level.value.lower() == b"warn":
+        libucs.ucs_global_opts_set_value(b"LOG_LEVEL", b"error")
+
+
 class Native:
     """ucxx's classes and libucp's functions, bound to one loaded library."""
 
@@ -140,6 +181,8 @@ class Native:
         self._release = bind(slow, "ucp_rkey_buffer_release", None, pointer)
         self._unpack = bind(slow, "ucp_ep_rkey_unpack", _STATUS, pointer, c.c_char_p, pointer)
         self.destroy_key = bind(slow, "ucp_rkey_destroy", None, pointer)
+        self._create = bind(slow, "ucp_ep_create", _STATUS, pointer, pointer, pointer)
+        self._close = bind(slow, "ucp_ep_close_nbx", pointer, pointer, pointer)
         self._query = bind(slow, "ucp_ep_query", _STATUS, pointer, pointer)
         self._tag_send = bind(
             quick, "ucp_tag_send_nbx", pointer, pointer, c.c_char_p, size, c.c_uint64, pointer
@@ -152,9 +195,8 @@ class Native:
         )
         self._describe = bind(quick, "ucs_status_string", c.c_char_p, _STATUS)
         self._plain = _RequestParam()
-        # ucxx sets UCX_MEMTYPE_CACHE, which its own build of UCX does not know; without this every
-        # process would print two lines about it.
-        libucs.ucs_global_opts_set_value(b"WARN_UNUSED_ENV_VARS", b"n")
+        self._forced = _RequestParam(mask=_MASK_FLAGS, flags=_CLOSE_BY_FORCE)
+        _quieten(libucs)
 
     @property
     def failures(self) -> tuple[type[Exception], ...]:
@@ -193,6 +235,27 @@ class Native:
     def unmap(self, context: Any, memory: MappedMemory) -> None:
         """Undo ``map_memory``."""
         self._unmap(context.handle, memory.handle)
+
+    def create_endpoint(self, worker: int, address: bytes) -> int:
+        """Return an endpoint that reports a dead peer. Raises UcxError.
+
+        Not ucxx's own: that one waits without limit in its destructor for a peer that stands still.
+        Whoever calls this ends it with ``start_close``, or by destroying the worker.
+        """
+        endpoint = c.c_void_p()
+        params = _EpParams(
+            mask=_EP_ADDRESS_AND_ERRORS,
+            address=address,
+            err_mode=_ERRORS_PER_PEER,
+            err_callback=c.cast(_endpoint_failed, c.c_void_p),
+        )
+        self.check(self._create(worker, c.byref(params), c.byref(endpoint)), "connecting")
+        return endpoint.value or 0
+
+    def start_close(self, endpoint: int) -> int | None:
+        """Begin to close an endpoint by force, which ends its requests; it must not be used again."""
+        request: int | None = self._close(endpoint, c.addressof(self._forced))
+        return request
 
     def unpack_key(self, endpoint: int, packed: bytes) -> int:
         """Return a handle of a peer's key, for ``destroy_key`` later. Raises UcxError."""

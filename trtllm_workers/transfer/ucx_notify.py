@@ -8,7 +8,6 @@ from its card.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import hmac
 from collections import deque
@@ -27,8 +26,6 @@ MAX_MESSAGE_BYTES: Final = 1 << 20
 _TAG: Final = 0x74726B76  # any number: the worker receives nothing else
 _ROUNDS: Final = 16  # of progress before other work of the loop gets its turn
 _AGAIN_S: Final = 0.001
-_CLOSE_PERIOD_NS: Final = 200_000_000
-_CLOSE_ATTEMPTS: Final = 3
 
 
 class _Notice(msgspec.Struct, frozen=True, array_like=True):
@@ -56,7 +53,7 @@ class Notifier:
         self._loop = asyncio.get_running_loop()
         self._arriving: deque[tuple[int | None, ctypes.Array[ctypes.c_char]]] = deque()
         self._again: asyncio.TimerHandle | None = None
-        self._unfinished: list[bytes] = []
+        self._ending: list[tuple[list[int | None], bytes]] = []
         feature = native.ucxx.Feature
         self._context = native.ucxx.UCXContext(dict(options), (feature.TAG, feature.WAKEUP))
         self._worker: Any = native.ucxx.UCXWorker(self._context)
@@ -66,43 +63,36 @@ class Notifier:
         self._loop.add_reader(self._descriptor, self._progress)
         self._progress()
 
-    def connect(self, address: bytes) -> Any:
-        """Return an endpoint to a peer's notifier. Raises one of ``native.failures``."""
-        peer = self._native.ucxx.UCXAddress.create_from_buffer(address)
-        return self._worker.create_endpoint_from_worker_address(peer, True)
+    def connect(self, address: bytes) -> int:
+        """Return an endpoint to a peer's notifier. Raises UcxError."""
+        return self._native.create_endpoint(int(self._worker.handle), address)
 
-    async def send(self, endpoint: Any, token: bytes, message: bytes) -> None:
-        """Send one message; cancel to stop waiting. Raises UcxError, and then the endpoint is closed."""
+    async def send(self, endpoint: int, token: bytes, message: bytes) -> None:
+        """Send one message; cancel to stop waiting. Raises UcxError."""
         if len(message) > MAX_MESSAGE_BYTES:
             raise UcxError(f"a message of {len(message)} bytes is over {MAX_MESSAGE_BYTES}")
         notice = msgspec.msgpack.encode(_Notice(token, self._peer_id, message))
-        handle = int(endpoint.handle)
-        requests = [self._native.start_send(handle, notice, _TAG)]
-        requests.append(self._native.start_flush(handle))
+        requests = [self._native.start_send(endpoint, notice, _TAG)]
+        requests.append(self._native.start_flush(endpoint))
         try:
-            while self._waiting(requests):
+            while not self._settled(requests):
                 self._progress()
-                if self._waiting(requests):
+                if not self._settled(requests):
                     await asyncio.sleep(_AGAIN_S)
-        finally:
-            if self._waiting(requests):
-                self.disconnect(endpoint)
-                self._worker.progress()
-            states = [self._native.state(request) for request in requests]
-            if IN_PROGRESS in states:
-                self._unfinished.append(notice)  # UCX may still read it
-            else:
-                for request in requests:
-                    self._native.finish(request)
+        except BaseException:
+            # UCX may read the message until its request has ended.
+            self._ending.append((requests, notice))
+            raise
+        states = [self._native.state(request) for request in requests]
+        for request in requests:
+            self._native.finish(request)
         for state in states:
-            if state != OK:
-                self.disconnect(endpoint)
-                self._native.check(state, "sending a message")
+            self._native.check(state, "sending a message")
 
-    def disconnect(self, endpoint: Any) -> None:
-        """Close an endpoint by force; safe twice."""
-        with contextlib.suppress(*self._native.failures):
-            endpoint.close_blocking(_CLOSE_PERIOD_NS, _CLOSE_ATTEMPTS)
+    def disconnect(self, endpoint: int) -> None:
+        """Begin to close an endpoint by force, once; its requests end soon."""
+        self._ending.append(([self._native.start_close(endpoint)], b""))
+        self._progress()
 
     def close(self) -> None:
         """Stop receiving; nothing may be being sent any more. Safe twice."""
@@ -114,10 +104,16 @@ class Notifier:
             self._worker = None
             self._context = None
             self._arriving.clear()
-            self._unfinished.clear()
+            self._ending.clear()
 
-    def _waiting(self, requests: list[int | None]) -> bool:
-        return any(self._native.state(request) == IN_PROGRESS for request in requests)
+    def _settled(self, requests: list[int | None]) -> bool:
+        return all(self._native.state(request) != IN_PROGRESS for request in requests)
+
+    def _reap(self) -> None:
+        for ended in [entry for entry in self._ending if self._settled(entry[0])]:
+            self._ending.remove(ended)
+            for request in ended[0]:
+                self._native.finish(request)
 
     def _progress(self) -> None:
         """Move what can be moved, and make the descriptor tell when there is more."""
@@ -129,6 +125,7 @@ class Notifier:
                 return
             self._worker.progress()
             self._receive()
+            self._reap()
             if self._worker is None or self._worker.arm():
                 return
         self._again = self._loop.call_later(_AGAIN_S, self._progress)

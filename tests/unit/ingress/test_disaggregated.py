@@ -256,12 +256,12 @@ async def test_metrics_show_pairs_fallbacks_and_phases(checkpoint: Path) -> None
     for line in (
         f"trtllm_launch_kv_transfers_total{{{pair}}} 3.0",
         f"trtllm_launch_kv_transfer_bytes_total{{{pair}}} 6e+06",
-        f"trtllm_launch_kv_transfer_gb_per_second{{{pair}}} 6.0",
+        f"trtllm_launch_kv_transfer_gigabytes_per_second{{{pair}}} 6.0",
         'trtllm_launch_handoffs_total{cause="fetched",state="released",worker_id="d0"} 7.0',
         'trtllm_launch_prefill_fallbacks_total{cause="prefill_lost",worker_id="d0"} 2.0',
         'trtllm_launch_local_prefills_total{worker_id="d0"} 4.0',
         'trtllm_launch_leaked_blocks_total{worker_id="d0"} 1.0',
-        'trtllm_launch_pairs{peer="p1",state="ready",worker_id="d0"} 1.0',
+        'trtllm_launch_kv_pairs{peer="p1",state="ready",worker_id="d0"} 1.0',
         'trtllm_launch_canary_total{peer="p0",result="passed",worker_id="d0"} 0.0',
         'trtllm_launch_first_token_phase_seconds_sum{model="test/tiny",phase="prefill"} 0.2',
     ):

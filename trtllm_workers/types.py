@@ -193,7 +193,6 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_transport: str = "none"
     device: str = "cpu"
     dtype: str = ""
-    tensor_parallel_size: int = 1
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

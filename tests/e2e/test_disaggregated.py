@@ -87,6 +87,7 @@ def test_a_dead_rank_ends_its_worker_and_is_named(bench: Workbench) -> None:
     assert time.monotonic() - began < 10
     assert re.search(r"rank \d of decode-0 was killed by SIGKILL", run.output), run.output
     bench.wait_empty()
+    assert not list(Path("/dev/shm").glob("mpich_shm_*")), "MPI's memory has no name that stays"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -24,6 +24,14 @@ _KNOWN_ELSEWHERE = frozenset(
     {"HTTPS_HOST", "HTTPS_PORT", "HTTPS_PROXY", "HTTP_PROXY", "LOG_DIRS", "LOG_FILE", "SSH_HOST"}
 )
 
+# What importing ucxx 0.52 puts into the environment where nothing is set.
+_WRITTEN_BY_UCXX = {
+    "UCX_MAX_RNDV_RAILS": "1",
+    "UCX_MEMTYPE_CACHE": "n",
+    "UCX_RNDV_FRAG_MEM_TYPE": "cuda",
+    "UCX_RNDV_THRESH": "8192",
+}
+
 # Shorter names have too many innocent neighbours two edits away.
 _LONG_NAME = 9
 
@@ -87,12 +95,16 @@ def calm_openmp() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
-def ucx_speaks_on_stderr() -> None:
-    """Let UCX log to stderr rather than stdout; call before anything loads it.
+def prepare_ucx_of_nixl() -> None:
+    """Let NIXL's UCX log to stderr, and choose its wires itself; call before each use of NIXL's UCX.
 
-    A UCX_LOG_FILE given by the user stays.
+    A UCX_LOG_FILE given by the user stays. What an import of ucxx has written for its own UCX is
+    taken back: with it NIXL's moves blocks between processes of one host over TCP (ucxx 0.52).
     """
     os.environ.setdefault("UCX_LOG_FILE", "stderr")
+    for name, value in _WRITTEN_BY_UCXX.items():
+        if os.environ.get(name) == value:
+            del os.environ[name]
 
 
 def wants_colour(environ: Mapping[str, str], is_terminal: bool) -> bool:

@@ -85,19 +85,6 @@ def variables(pid: int) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def mapped_files(pid: int, beginning: str) -> set[Path]:
-    """Return the files a process has mapped whose path begins so; empty where that is not seen."""
-    try:
-        lines = (PROC / str(pid) / "maps").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return set()
-    paths = (line.partition("/")[2] for line in lines.splitlines())
-    # A file that has lost its name meanwhile is marked by a word behind it.
-    return {
-        Path(f"/{path}") for path in paths if f"/{path}".startswith(beginning) and " " not in path
-    }
-
-
 def command(pid: int, limit: int = 120) -> str:
     """Return the command line of a process for people, cut to ``limit`` characters."""
     try:

@@ -146,8 +146,6 @@ class Supervisor:
         await self._exited(self.children, _KILL_WAIT_S, asyncio.Event())
         for child in self.children:
             self._let_go(child)
-            if child.world is not None:
-                child.world.remove_shared()
         return stubborn
 
     def _spawn(self, planned: PlannedProcess) -> Child:

@@ -1,8 +1,7 @@
 """A worker of several ranks is one MPI world: which rank ended first, and what mpiexec says of it.
 
 mpiexec ends the whole world with the first rank and returns its exit code, but names no rank, or a
-wrong one, when a rank was killed. So the ranks are found by run id and watched here as well. And
-MPICH leaves its shared memory in /dev/shm when ranks are killed; its names are noted to be removed.
+wrong one, when a rank was killed. So the ranks are found by run id and watched here as well.
 """
 
 from __future__ import annotations
@@ -12,17 +11,11 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
-from trtllm_workers.deploy import proc
 from trtllm_workers.deploy.run import ranks_of
 
 # Ranks appear within a moment of their mpiexec; then the looking ends.
 _LOOK_INTERVAL_S = 0.05
-# MPI starts after Python and torch have been loaded; a program without MPI has no such memory.
-_SHARED_INTERVAL_S = 0.5
-_SHARED_LOOKS = 240
-_SHARED = "/dev/shm/mpich_shm_"
 _ABORT = re.compile(r"^Abort\(\d+\) on node \d+ \(rank (\d+) in comm")
 _SIGNAL = re.compile(r"APPLICATION TERMINATED WITH THE EXIT STRING: .*\(signal (\d+)\)")
 # mpiexec's own words about the end, which say less than the report they would fill.
@@ -35,7 +28,7 @@ _CHATTER = re.compile(
 class WorldWatch:
     """Notes in ``first_ended`` which rank of a world ended first; None: it was not seen.
 
-    ``complete`` is set once all ranks are watched. ``shared`` are names of the world's shared memory.
+    ``complete`` is set once all ranks are watched.
     """
 
     def __init__(self, run_id: str, process: str, num_ranks: int) -> None:
@@ -45,11 +38,9 @@ class WorldWatch:
         self._handles: dict[int, int] = {}
         self.first_ended: int | None = None
         self.complete = asyncio.Event()
-        self.shared: set[Path] = set()
 
     async def watch(self) -> None:
         """Find the ranks and watch them until cancelled."""
-        pids: dict[int, int] = {}
         try:
             while len(self._handles) < self._num_ranks:
                 for rank, found in (
@@ -58,29 +49,15 @@ class WorldWatch:
                     if rank not in self._handles:
                         with suppress(ProcessLookupError):
                             self._add(rank, os.pidfd_open(found.pid))
-                            pids[rank] = found.pid
                 if len(self._handles) < self._num_ranks:
                     await asyncio.sleep(_LOOK_INTERVAL_S)
             self.complete.set()
-            await self._note_shared(list(pids.values()))
             await asyncio.Event().wait()
         finally:
             for handle in self._handles.values():
                 asyncio.get_running_loop().remove_reader(handle)
                 os.close(handle)
             self._handles.clear()
-
-    def remove_shared(self) -> None:
-        """Remove what shared memory is left; call when every rank has ended."""
-        for path in self.shared:
-            path.unlink(missing_ok=True)
-
-    async def _note_shared(self, pids: Sequence[int]) -> None:
-        for _ in range(_SHARED_LOOKS):
-            self.shared = set().union(*(proc.mapped_files(pid, _SHARED) for pid in pids))
-            if self.shared:
-                return
-            await asyncio.sleep(_SHARED_INTERVAL_S)
 
     def _add(self, rank: int, handle: int) -> None:
         self._handles[rank] = handle

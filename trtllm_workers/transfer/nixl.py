@@ -41,7 +41,7 @@ from trtllm_workers.transfer.tcp_thread import LoopThread, bounded
 from trtllm_workers.types import TransportCard
 
 NAME: Final = "nixl"
-# Through shared memory the call that starts a transfer copies the bytes itself: about 0.5 ms of them,
+# Through shared memory the call that starts a transfer copies the bytes itself: about 1 ms of them,
 # so that other links, deadlines and cancellations get their turn.
 _BYTES_PER_POST: Final = 4 * 1024 * 1024
 # What is under way is first asked without a pause, then every millisecond (the clock of epoll).

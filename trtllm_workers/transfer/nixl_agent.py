@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any, Final
 
-from trtllm_workers.config.env import ucx_speaks_on_stderr
+from trtllm_workers.config.env import prepare_ucx_of_nixl
 from trtllm_workers.errors import TransferFailed, TransportUnavailable
 from trtllm_workers.transfer.base import KvPool
 
@@ -32,7 +32,7 @@ class Direction(Enum):
 
 def load_bindings() -> Any:
     """Return NIXL's bindings. Raises TransportUnavailable, saying what to install."""
-    ucx_speaks_on_stderr()
+    prepare_ucx_of_nixl()
     reasons = []
     for package in _PACKAGES:
         try:

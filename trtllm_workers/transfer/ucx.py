@@ -7,10 +7,10 @@
     ucx_card.py    what stands in a card; whether a peer's process lives
     ucx_native.py  the calls of libucp that ucxx's Python API lacks
 
-What carries the bytes is UCX's choice. On a loopback ``host`` it may use shared memory only: an open UCX
-port would let whoever reaches it read this process, because UCX authenticates nobody. On another ``host``
-UCX takes what its own variables (``UCX_TLS``, ``UCX_NET_DEVICES``) and the hardware allow, so its ports
-belong on a private network.
+What carries the bytes is UCX's choice, but not its tcp: UCX 1.21 ends the whole process of an owner
+(``ucs_fatal``) when a reader's connection breaks while an emulated get is being answered, its ports
+authenticate nobody, and this project's own tcp transport is as fast. So peers meet over shared memory or
+RDMA. On a loopback ``host`` no network device is used at all; elsewhere ``UCX_TLS`` overrules this.
 
 In one process with mpi4py, import ucxx before it: the mpich and Open MPI wheels bring a libucp of the
 same name, and the second one to be loaded finds the first one's symbols.
@@ -22,6 +22,7 @@ import asyncio
 import ipaddress
 import os
 import secrets
+from collections import deque
 from collections.abc import Mapping
 from typing import Final
 
@@ -38,15 +39,26 @@ from trtllm_workers.transfer.ucx_card import (
 )
 from trtllm_workers.transfer.ucx_link import LinkSetting, UcxLink
 from trtllm_workers.transfer.ucx_notify import Notifier
-from trtllm_workers.transfer.ucx_worker import Server
+from trtllm_workers.transfer.ucx_worker import QUEUE, Channel, Server
 from trtllm_workers.types import TransportCard
 
 _TOKEN_BYTES: Final = 32
 # Shared memory counts as able to report dead peers only with this, and endpoints ask for it.
-_OPTIONS: Final = {"MM_ERROR_HANDLING": "y"}
-# A block of 32 KiB fits in one message. 512 of them (17 MiB of shared memory per worker) may be under
-# way: with fewer, a busy host's scheduler has to change between the two processes more often.
-_DATA_OPTIONS: Final = {"MM_SEG_SIZE": "33k", "MM_FIFO_SIZE": "512"}
+# Until an owner notices that a reader died in the middle of an answer, its worker has something to send
+# and cannot sleep; UCX would look only every 20 s.
+_OPTIONS: Final = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s"}
+# A block of 32 KiB fits in one message. 512 of them may be under way: with fewer, a busy host's scheduler
+# has to change between the two processes more often. All buffers lie in one segment (21 MiB per worker and
+# per peer), which a peer has attached once it has answered the first time: UCX ends the process of an
+# owner that cannot attach a second one because the reader has died.
+_DATA_OPTIONS: Final = {
+    "MM_SEG_SIZE": "33k",
+    "MM_FIFO_SIZE": str(QUEUE),
+    "MM_FIFO_RELEASE_FACTOR": "0.0625",  # a reader tells of every 32nd message that it has taken
+    "MM_RX_BUFS_GROW": "640",
+    "MM_RX_MAX_BUFS": "640",
+}
+_MAX_PARKED: Final = 8  # connections that ended with requests under way; 21 MiB each
 
 
 def probe() -> None:
@@ -64,6 +76,7 @@ class UcxTransport:
         self._card: TransportCard | None = None
         self._setting: LinkSetting | None = None
         self._links: set[UcxLink] = set()
+        self._parked: deque[Channel] = deque()
         self._closed = False
 
     @property
@@ -75,7 +88,7 @@ class UcxTransport:
             raise TransferError("the ucx transport was started or closed before")
         native = await asyncio.to_thread(ucx_native.load)
         token = secrets.token_bytes(_TOKEN_BYTES)
-        options = {**_OPTIONS, **_carriers(self._host)}
+        options = {**_OPTIONS, **_carriers(native, self._host)}
         try:
             server = await asyncio.to_thread(
                 Server, native, {**options, **_DATA_OPTIONS}, pool, token
@@ -97,7 +110,13 @@ class UcxTransport:
                 "Or choose another transport"
             ) from error
         self._setting = LinkSetting(
-            native, {**options, **_DATA_OPTIONS}, pool, server, notifier, self._links.discard
+            native,
+            {**options, **_DATA_OPTIONS},
+            pool,
+            server,
+            notifier,
+            self._links.discard,
+            self._park,
         )
         self._card = TransportCard(
             transport=self.name,
@@ -138,7 +157,16 @@ class UcxTransport:
             return
         await asyncio.gather(*(link.close() for link in tuple(self._links)))
         setting.notifier.close()
+        while self._parked:
+            await asyncio.to_thread(self._parked.popleft().destroy)
         await asyncio.to_thread(setting.server.close)
+
+    def _park(self, channel: Channel) -> None:
+        """Keep the memory of a connection to a peer that stood still, which it may yet write to."""
+        if channel not in self._parked:
+            self._parked.append(channel)
+        if len(self._parked) > _MAX_PARKED:
+            self._parked.popleft().destroy()
 
 
 def _address(server: Server, notifier: Notifier, token: bytes) -> UcxAddress:
@@ -157,11 +185,13 @@ def _address(server: Server, notifier: Notifier, token: bytes) -> UcxAddress:
     )
 
 
-def _carriers(host: str) -> Mapping[str, str]:
-    """Return the UCX options that keep a worker on a loopback host off the network."""
+def _carriers(native: ucx_native.Native, host: str) -> Mapping[str, str]:
+    """Return the UCX options that choose what may carry bytes."""
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = False
-    # System V segments vanish with their last user, and containers do not limit them to 64 MiB.
-    return {"TLS": "sysv,self"} if loopback else {}
+    if loopback:
+        # System V segments vanish with their last user, and containers do not limit them to 64 MiB.
+        return {"TLS": "sysv,self"}
+    return {"TLS": "^tcp"} if native.option("TLS") == "all" else {}

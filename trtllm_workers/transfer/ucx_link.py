@@ -32,6 +32,7 @@ class LinkSetting:
     server: Server
     notifier: Notifier
     forget: Callable[[UcxLink], None]
+    park: Callable[[Channel], None]
 
 
 class UcxLink:
@@ -46,6 +47,7 @@ class UcxLink:
         # Everything of a channel happens on this thread; it starts with the first call.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"ucx-{card.peer_id}")
         self._opening = asyncio.Lock()
+        self._turn = asyncio.Lock()  # operations take turns, a window each
         self._notify_endpoint: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._wire = "unknown"
@@ -98,7 +100,7 @@ class UcxLink:
         self._closed = True
         channel, self._channel = self._channel, None
         if channel is not None:
-            await self._run(channel.close)  # tasks that wait for its requests see it closed
+            await self._end(channel)  # tasks that wait for its requests see it closed
         self._end_notifying()
         if self._tasks:
             await asyncio.wait(self._tasks)
@@ -137,10 +139,11 @@ class UcxLink:
         for window in pieces.windows(WINDOW):
             if stop.is_set():
                 return  # cancelled, and nothing is under way
-            self._check_usable(what)
-            await self._settle(
-                what, channel, partial(channel.start, window, write=write), deadline, timeout_s
-            )
+            async with self._turn:
+                self._check_usable(what)
+                await self._settle(
+                    what, channel, partial(channel.start, window, write=write), deadline, timeout_s
+                )
 
     async def _open(self, timeout_s: float, stop: asyncio.Event) -> Channel:
         """Return the connection, made anew when there is none. Raises TransferFailed."""
@@ -156,10 +159,14 @@ class UcxLink:
                     partial(Channel, use.native, use.options, use.server.pinned, self._peer)
                 )
             except use.native.failures as error:
-                raise self._failed(what, str(error)) from error
+                raise self._failed(
+                    what,
+                    f"{error}; if it is up, there is neither shared memory nor RDMA between the two: "
+                    "use --kv-transport tcp",
+                ) from error
             await self._settle(what, channel, channel.start_hello, deadline, timeout_s)
             if self._closed or not channel.hello_matches():
-                await self._run(channel.close)
+                await self._end(channel)
                 self._check_usable(what)
                 raise self._failed(what, "another process answers at its address")
             self._wire = _wire_name(channel.transports())
@@ -196,10 +203,16 @@ class UcxLink:
         except BaseException as error:
             if self._channel is channel:
                 self._channel = None
-            await self._run(channel.close)
+            await self._end(channel)
             if isinstance(error, UcxError):
                 raise self._failed(what, str(error)) from error
             raise
+
+    async def _end(self, channel: Channel) -> None:
+        """End a connection: no byte moves over it afterwards."""
+        alive = not self._process.gone()
+        if not await self._run(partial(channel.close, peer_lives=alive)):
+            self._setting.park(channel)
 
     async def _whole(self, start: Callable[[asyncio.Event], Awaitable[object]]) -> None:
         """Run an operation to its end even when our caller is cancelled meanwhile."""

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from trtllm_workers.errors import TransportUnavailable
 
+SEGMENT_BYTES: Final = 32 * 1024  # what one message of an emulated get or put carries at most
 OK: Final = 0
 IN_PROGRESS: Final = 1
 
@@ -102,9 +103,11 @@ class _TagInfo(c.Structure):
     _fields_ = (("tag", c.c_uint64), ("length", c.c_size_t))
 
 
-@c.CFUNCTYPE(None, c.c_void_p, c.c_void_p, _STATUS)
 def _endpoint_failed(_argument: object, _endpoint: object, _status: object) -> None:
     """Do nothing: requests report the failure. UCX only wants somebody to be told."""
+
+
+_ENDPOINT_FAILED = c.CFUNCTYPE(None, c.c_void_p, c.c_void_p, _STATUS)(_endpoint_failed)
 
 
 class UcxError(Exception):
@@ -203,6 +206,10 @@ class Native:
         """What ucxx and these bindings raise when UCX refuses something."""
         return (UcxError, self.ucxx.UCXError, RuntimeError, OSError)
 
+    def option(self, name: str) -> str:
+        """Return a UCX option as the process's environment has it."""
+        return str(self.ucxx.get_current_options().get(name, ""))
+
     def describe(self, status: int) -> str:
         """Return UCX's words for a status."""
         return bytes(self._describe(status)).decode()
@@ -247,7 +254,7 @@ class Native:
             mask=_EP_ADDRESS_AND_ERRORS,
             address=address,
             err_mode=_ERRORS_PER_PEER,
-            err_callback=c.cast(_endpoint_failed, c.c_void_p),
+            err_callback=c.cast(_ENDPOINT_FAILED, c.c_void_p),
         )
         self.check(self._create(worker, c.byref(params), c.byref(endpoint)), "connecting")
         return endpoint.value or 0
@@ -356,15 +363,36 @@ class Native:
 class Pieces:
     """What one call each must move: addresses here and there, and lengths in bytes."""
 
-    local: Sequence[int]
-    remote: Sequence[int]
-    lengths: Sequence[int]
+    local: list[int]
+    remote: list[int]
+    lengths: list[int]
 
-    def windows(self, size: int) -> Iterator[Pieces]:
+    def slices(self, size: int) -> Iterator[Pieces]:
         """Yield the pieces, at most ``size`` at a time."""
         for i in range(0, len(self.local), size):
             end = i + size
             yield Pieces(self.local[i:end], self.remote[i:end], self.lengths[i:end])
+
+    def windows(self, segments: int) -> Iterator[Pieces]:
+        """Yield the pieces, cut where needed, at most ``segments`` segments at a time."""
+        if max(self.lengths, default=0) <= SEGMENT_BYTES:
+            yield from self.slices(segments)
+            return
+        window = Pieces([], [], [])
+        room = segments
+        for here, there, length in zip(self.local, self.remote, self.lengths, strict=True):
+            done = 0
+            while done < length:
+                if room == 0:
+                    yield window
+                    window, room = Pieces([], [], []), segments
+                part = min(length - done, room * SEGMENT_BYTES)
+                window.local.append(here + done)
+                window.remote.append(there + done)
+                window.lengths.append(part)
+                room -= -(-part // SEGMENT_BYTES)
+                done += part
+        yield window
 
 
 def block_pieces(

@@ -6,8 +6,8 @@ GIL, and so answers peers whose gets and puts UCX emulates (shared memory, tcp) 
 A channel's worker is driven by the one thread that starts its requests and ends them, which was
 measured three times as fast as two threads that share a worker; between operations nobody drives it.
 That no channel shares a worker has two more reasons. A peer that stands still fills the queues of its
-worker and of no other. And destroying the worker ends all of its requests for certain: UCX 1.21 does not
-end them when an endpoint is closed by force while a shared memory queue of the peer is full.
+worker and of no other. And a worker that is no longer driven, or destroyed, moves nothing for certain: UCX
+1.21 does not end requests when an endpoint is closed by force while a queue of the peer is full.
 
 Endpoints always have error handling on. Without it UCX would let a reader copy out of a peer's memory by
 itself (process_vm_readv), but ends our whole process when that peer has died.
@@ -33,11 +33,17 @@ from trtllm_workers.transfer.ucx_native import (
     block_pieces,
 )
 
-WINDOW: Final = 2048  # requests of one operation that wait at the same time
-_ISSUE: Final = 256  # requests between two looks at what has arrived
+QUEUE: Final = 512  # messages that may wait for a worker, each in a segment of shared memory
+# Segments of a peer that one channel asks for at a time. Fewer than the queue holds: an owner whose reader
+# died can then still send every answer, and sleep. One that cannot would spin.
+WINDOW: Final = 448
+_ISSUE: Final = 112  # requests between two looks at what has arrived
 _QUIET_LOOKS: Final = 30  # some tens of microseconds, before sleeping until an event
 _WAIT_MS: Final = 1  # for an event; bounds what a lost one costs
-_CLOSE_S: Final = 0.2  # for requests to end in good order before the worker is destroyed
+_CLOSE_S: Final = 0.2  # for requests to end in good order after their endpoint was closed by force
+_EMULATED: Final = frozenset(
+    {"sysv", "posix", "self", "tcp"}
+)  # bytes move only while both sides drive
 
 
 class Batch:
@@ -88,6 +94,7 @@ class Channel:
         feature = native.ucxx.Feature
         self._context = native.ucxx.UCXContext(dict(options), (feature.RMA, feature.WAKEUP))
         self._worker: Any = native.ucxx.UCXWorker(self._context)
+        self._parked: Any = None  # the worker, once closed with requests that did not end
         self._endpoint = 0
         try:
             self._worker.init_blocking_progress_mode()
@@ -96,7 +103,7 @@ class Channel:
             self._pool_key = self._unpack(peer.pool_key)
             self._hello_key = self._unpack(peer.hello_key)
         except native.failures:
-            self.close()
+            self.close(peer_lives=False)
             raise
 
     @property
@@ -143,32 +150,47 @@ class Channel:
         """Return UCX's names of what carries the bytes."""
         return () if self.closed else self._native.transports(self._endpoint)
 
-    def close(self) -> None:
-        """End the connection with all of its requests; no byte moves afterwards. Safe twice."""
+    def close(self, *, peer_lives: bool) -> bool:
+        """End the connection; no byte moves afterwards. Safe twice.
+
+        Return False when requests did not end, which nobody can drive any more, but the peer may yet
+        answer into this worker's shared memory: ``destroy`` later. UCX ends the peer's whole process
+        (``ucs_fatal``) when that memory is gone before.
+        """
         if self._worker is None:
-            return
+            return self._parked is None
+        in_order = True
+        emulated = peer_lives and _EMULATED.issuperset(self.transports())
         if self._endpoint:
-            self._end_in_order()
+            in_order = self._end_in_order()
+        self._parked, self._worker = self._worker, None
+        if in_order or not emulated:
+            self.destroy()
+        return self._parked is None
+
+    def destroy(self) -> None:
+        """Let everything go; safe twice."""
         if self._pool is not None:
             self._native.unmap(self._context, self._pool)
-        # What did not end in good order ends here: ucxx destroys the worker with its last reference,
-        # and UCX its endpoints with it.
-        self._worker = None
+            self._pool = None
+        # ucxx destroys the worker with its last reference, and UCX what is left in it.
+        self._parked = None
         self._context = None
 
-    def _end_in_order(self) -> None:
+    def _end_in_order(self) -> bool:
         closing: int | None = self._native.start_close(self._endpoint)
         until = time.monotonic() + _CLOSE_S
-        while time.monotonic() < until:
+        in_order = False
+        while not in_order and time.monotonic() < until:
             self._worker.progress_worker_event(_WAIT_MS)
             self._batches = {batch for batch in self._batches if not batch.collect()}
-            if not self._batches and self._native.state(closing) != IN_PROGRESS:
-                break
+            in_order = not self._batches and self._native.state(closing) != IN_PROGRESS
         if self._native.state(closing) != IN_PROGRESS:
             self._native.finish(closing)
         for key in self._keys:
             self._native.destroy_key(key)
         self._keys.clear()
+        return in_order
 
     def _unpack(self, packed: bytes) -> int:
         key = self._native.unpack_key(self._endpoint, packed)
@@ -178,7 +200,7 @@ class Channel:
     def _start(self, start: Any, pieces: Pieces, key: int, memory: MappedMemory | None) -> Batch:
         worker = self._open_worker()
         requests: list[int] = []
-        for some in pieces.windows(_ISSUE):
+        for some in pieces.slices(_ISSUE):
             requests += start(self._endpoint, some, key, memory)
             worker.progress_once()  # the first ones arrive while we ask for more
         batch = Batch(self._native, requests, self._native.start_flush(self._endpoint))

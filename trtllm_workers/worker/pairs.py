@@ -312,7 +312,6 @@ class Pairs:
                 self._set(pair, READY, "")
                 retry_s = FIRST_RETRY_S
             elif verdict is Verdict.MISMATCH:
-                reason += self._hint(pair)
                 self._set(pair, MISMATCH, reason)
                 log.error("prefill worker taken out: wrong tokens", peer=pair.peer_id, why=reason)
                 wait_s = None
@@ -326,16 +325,6 @@ class Pairs:
                 raise PeerLost(pair.reason)
             except TimeoutError:
                 continue
-
-    def _hint(self, pair: Pair) -> str:
-        """Return what may explain wrong tokens, from what is known of the two workers."""
-        ours, theirs = self._info.tensor_parallel_size, pair.record.engine.tensor_parallel_size
-        if ours == theirs:
-            return ""
-        return (
-            f"; tensor_parallel_size is {theirs} at {pair.peer_id} and {ours} here: sums in another "
-            "order give other tokens where two are nearly as likely. Use equal sizes, or dtype float32"
-        )
 
     def _tell_ready(self, pair: Pair) -> None:
         log.info(

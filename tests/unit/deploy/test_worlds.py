@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import mmap
 import os
 import signal
 from contextlib import AbstractContextManager
@@ -45,22 +43,6 @@ def test_signal_is_read_from_what_mpiexec_says() -> None:
 
 def test_report_leaves_out_what_mpiexec_says() -> None:
     assert world.without_chatter([*CHATTER, ABORT]) == ["loading shard 2 of 5"]
-
-
-def test_shared_memory_that_killed_ranks_leave_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    left = Path(f"{world._SHARED}test{os.getpid()}")
-    monkeypatch.setattr(world, "_SHARED", str(left))  # another test may have loaded MPI here
-    left.write_bytes(bytes(4096))
-    try:
-        with left.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-            watch = world.WorldWatch("abc123", "worker-0", 2)
-            asyncio.run(watch._note_shared([os.getpid()]))
-        assert watch.shared == {left}
-        watch.remove_shared()
-        watch.remove_shared()
-        assert not left.exists()
-    finally:
-        left.unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -210,8 +210,10 @@ def test_a_prompt_computed_by_one_rank_is_decoded_by_two(
 
 
 def test_a_prompt_computed_by_two_ranks_is_decoded_by_one(
-    results: dict[str, Any], single: Make
+    results: dict[str, Any], single: Make, prefilled_here: tuple[Path, int]
 ) -> None:
+    assert results["file"].read_bytes() == prefilled_here[0].read_bytes()
+    assert results["prefill"]["tokens"] == [prefilled_here[1]]
     target = single("llama")
     prompt = prompt_of(HANDOFF["seed"], HANDOFF["length"])
     expected = single("llama").ask(prompt, **HANDOFF["sampling"])

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from tests.fakes.transport_peer import make_layout, make_pool
+from trtllm_workers.config.env import environment, prepare_ucx_of_nixl
 from trtllm_workers.errors import TransferFailed, TransportUnavailable
 from trtllm_workers.transfer import nixl_agent
 from trtllm_workers.transfer.nixl import NixlTransport
@@ -49,3 +50,16 @@ async def test_a_peer_that_only_tcp_reaches_is_refused_with_the_remedy() -> None
 def _elsewhere(card: TransportCard, door: NixlDoor, *, place: str) -> TransportCard:
     moved = msgspec.structs.replace(door, place=place, has_rdma=False)
     return msgspec.structs.replace(card, address=msgspec.msgpack.encode(moved))
+
+
+def test_what_ucxx_wrote_into_the_environment_is_taken_back_and_the_users_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("UCX_RNDV_FRAG_MEM_TYPE", "cuda")
+    monkeypatch.setenv("UCX_MAX_RNDV_RAILS", "2")
+    monkeypatch.setenv("UCX_LOG_FILE", "/tmp/ucx.log")
+    prepare_ucx_of_nixl()
+    left = {name: value for name, value in environment().items() if name.startswith("UCX_")}
+    assert left["UCX_LOG_FILE"] == "/tmp/ucx.log"
+    assert left["UCX_MAX_RNDV_RAILS"] == "2"
+    assert "UCX_RNDV_FRAG_MEM_TYPE" not in left

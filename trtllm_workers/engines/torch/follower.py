@@ -36,7 +36,7 @@ def _load(options: EngineOptions, ranks: Ranks) -> Core[int] | None:
         num_threads = ranks.together(lambda: num_threads_of(options.extra))
         loaded = load(options.model_path, config, options.on_progress, num_threads, ranks)
     except LaunchError as error:
-        log.error("a rank could not start", rank=ranks.rank, error=str(error))
+        log.debug("a rank could not start", rank=ranks.rank, error=str(error))  # rank 0 reports it
         return None
     return Core(
         loaded,

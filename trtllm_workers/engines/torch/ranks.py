@@ -12,9 +12,11 @@ import contextlib
 import importlib
 import os
 import pickle
+import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +36,7 @@ _AWAKE_S = 0.001
 _SHORTEST_NAP_S = 50e-6
 _LONGEST_NAP_S = 1e-3
 _BROKEN_EXIT_CODE = 4
+_SHARED = "/dev/shm/mpich_shm_"
 
 
 class Ranks:
@@ -71,7 +74,8 @@ class Ranks:
             failure = error
         told = None
         if failure is not None:
-            told = (isinstance(failure, ConfigError), getattr(failure, "param", None), str(failure))
+            message = str(failure) or repr(failure)
+            told = (isinstance(failure, ConfigError), getattr(failure, "param", None), message)
         failures = self.gather(told)
         if failure is not None:
             raise failure
@@ -147,6 +151,7 @@ def join(tensor_parallel_size: int) -> Ranks:
         return ALONE
     mpi = _import_mpi(tensor_parallel_size)
     world = mpi.COMM_WORLD
+    _forget_names(world)
     if world.Get_size() != tensor_parallel_size:
         raise ConfigError(
             f"{_KEY} {tensor_parallel_size} needs an MPI world of {tensor_parallel_size} ranks, but "
@@ -162,6 +167,20 @@ def join(tensor_parallel_size: int) -> Ranks:
             param=_KEY,
         )
     return Ranks(world, mpi)
+
+
+def _forget_names(world: Any) -> None:
+    """Remove the names of MPICH's shared memory, which every rank has mapped by now.
+
+    So it goes with the last rank, also when they are killed; MPICH would remove it only in the end.
+    """
+    world.Barrier()
+    if world.Get_rank() == 0:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        for name in set(re.findall(rf"{_SHARED}\S+$", maps, re.MULTILINE)):
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+    world.Barrier()
 
 
 def run_follower(options: EngineOptions) -> None:

@@ -16,7 +16,7 @@ from trtllm_workers.planes.messages import HandoffStats, Message, PairStats, Sta
 from trtllm_workers.types import EngineStats, FinishReason, Role, Strategy
 
 ANSWER = "Hello world. And more."
-PREFILL_FIRST = {"strategy": Strategy.PREFILL_FIRST}
+PREFILL_FIRST: Any = {"strategy": Strategy.PREFILL_FIRST}
 
 
 class Worker(FakeWorker):

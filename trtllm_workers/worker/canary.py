@@ -17,15 +17,21 @@ from trtllm_workers.errors import LaunchError
 from trtllm_workers.types import EngineInfo, GenerateRequest, SamplingParams, TokenChunk
 
 NUM_TOKENS = 8
-TIMEOUT_S = 60.0
+# Longer than a prefill worker may take by default: what is slow then is this worker itself.
+TIMEOUT_S = 120.0
 
 
 class Verdict(StrEnum):
-    """What a probe found. FAILED: it did not get through, which says nothing about tokens."""
+    """What a probe found.
+
+    FAILED: it did not get through the pair. BUSY: this worker had no room for it in time. Neither
+    says anything about tokens, and BUSY nothing about the pair.
+    """
 
     PASSED = "passed"
     MISMATCH = "mismatch"
     FAILED = "failed"
+    BUSY = "busy"
 
 
 class ProbeOut:
@@ -93,7 +99,7 @@ class Canary:
             return Verdict.FAILED, str(error)
         except TimeoutError:
             self._engine.abort(request.request_id)
-            return Verdict.FAILED, f"no answer within {TIMEOUT_S:g} s"
+            return Verdict.BUSY, f"this worker did not decode the probe within {TIMEOUT_S:g} s"
         finally:
             self.running.discard(request.request_id)
         if again != reference:

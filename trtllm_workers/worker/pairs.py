@@ -316,9 +316,10 @@ class Pairs:
                 log.error("prefill worker taken out: wrong tokens", peer=pair.peer_id, why=reason)
                 wait_s = None
             else:
-                self._set(pair, CHECKING, f"canary: {reason}")
-                log.warning("canary failed", peer=pair.peer_id, reason=reason)
-                wait_s, retry_s = retry_s, min(2 * retry_s, LAST_RETRY_S)
+                log.warning(f"canary {verdict}", peer=pair.peer_id, reason=reason)
+                if verdict is Verdict.FAILED or pair.state != READY:
+                    self._set(pair, CHECKING, f"canary {verdict}: {reason}")
+                    wait_s, retry_s = retry_s, min(2 * retry_s, LAST_RETRY_S)
             try:
                 async with asyncio.timeout(wait_s):
                     await pair.lost.wait()

@@ -12,9 +12,9 @@ that a busy machine slows all alike; tables show medians.
 
 * ttft: one request at a time, fresh prompts of 1k and 4k tokens; from the request sent to the first
   content byte read. The transfer's own time comes from the decode worker's metrics.
-* itl: equal numbers of streams with short prompts; gap between tokens as the client sees it.
+* itl: equal numbers of streams that begin together; gap between tokens as the client sees it.
 
-The torch engine serves a random-weight Llama of about 87M parameters in bf16, two threads per worker;
+The torch engine serves a random-weight Llama of about 87M parameters in bf16;
 the sim engine has fixed costs, so that its differences are what ingress, planes and handoff add. Needs
 gcc for the load generator. Knows nothing of how the parts work.
 """
@@ -92,12 +92,14 @@ def make_model(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def deployed(kind: str, folder: Path, options: list[str]) -> Iterator[Deployment]:
-    """Serve until the block ends."""
+def deployed(
+    kind: str, folder: Path, options: list[str], threads: int | None = None
+) -> Iterator[Deployment]:
+    """Serve until the block ends; each worker computes with ``threads``, by default all cores."""
     argv = [*COMMAND, "up", "--http-port", "0", "--run-dir", str(folder / kind)]
     argv += ["--log-level", "warning", "--served-model-name", "demo", *KINDS[kind], *options]
     # Each worker may use the whole machine: only one computes at a time.
-    environ = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    environ = {**os.environ, "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1)}
     with subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ
     ) as up:
@@ -118,13 +120,18 @@ def deployed(kind: str, folder: Path, options: list[str]) -> Iterator[Deployment
 
 
 @contextlib.contextmanager
-def all_deployed(folder: Path, options: list[str], transport: str) -> Iterator[list[Deployment]]:
+def all_deployed(
+    folder: Path, options: list[str], transport: str, threads: int | None
+) -> Iterator[list[Deployment]]:
     """Serve all three kinds side by side."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
                 deployed(
-                    kind, folder, [*options, *(("--kv-transport", transport) if flags else ())]
+                    kind,
+                    folder,
+                    [*options, *(("--kv-transport", transport) if flags else ())],
+                    threads,
                 )
             )
             for kind, flags in KINDS.items()
@@ -209,8 +216,9 @@ def itl(deployments: list[Deployment], rounds: int, folder: Path, streams: int) 
     gaps: dict[str, list[float]] = {one.kind: [] for one in deployments}
     for _ in range(rounds):
         for one in deployments:
+            # One wave: all streams begin together, so that no prefill disturbs decode meanwhile.
             argv = [str(loadgen), "-p", str(one.port), "-b", str(bodies), "-c", str(streams)]
-            argv += ["-w", str(streams), "-d", "6"]
+            argv += ["-w", "0", "-n", str(streams)]
             done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=120)
             measured: dict[str, Any] = json.loads(done.stdout)
             if measured["errors"]:
@@ -233,6 +241,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=["torch", "sim"], action="append")
     parser.add_argument("--kv-transport", default="ucx")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="of a worker; one is steadier")
     parser.add_argument("--streams", type=int, default=8)
     args = parser.parse_args()
     cells = args.cells or ["ttft", "itl"]
@@ -244,14 +253,14 @@ def main() -> None:
                 cost = folder / "cost.yaml"
                 cost.write_text(SIM_COST.format(step_ms=10))
                 options += ["--sim-cost-model", str(cost)]
-            # The pool is large enough to keep what 15 rounds leave in the prefix cache.
-            options += ["--set", "kv_cache_config.max_tokens=131072"]
+            # Several of the long prompts, and not all memory of the machine.
+            options += ["--set", "kv_cache_config.max_tokens=32768"]
             print(f"\n{engine}, transport {args.kv_transport}, {args.rounds} rounds, medians")
-            with all_deployed(folder, options, args.kv_transport) as deployments:
+            with all_deployed(folder, options, args.kv_transport, args.threads) as deployments:
                 if "ttft" in cells:
                     ttft(deployments, args.rounds)
                 if "itl" in cells:
-                    itl(deployments, max(3, args.rounds // 3), folder, args.streams)
+                    itl(deployments, args.rounds, folder, args.streams)
     sys.stdout.flush()
 
 

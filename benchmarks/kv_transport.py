@@ -1,9 +1,11 @@
 """Reads 64 MiB of KV blocks from a pool in another process, over each transport named.
 
     .venv/bin/python -m benchmarks.kv_transport ucx nixl tcp
+    .venv/bin/python -m benchmarks.kv_transport ucx nixl tcp --in-order
     .venv/bin/python -m benchmarks.kv_transport ucx --block-kib 160 --mib 256 --runs 15
 
-Blocks are scattered at random on both sides. Beside the transports stands one copy of the same blocks
+Blocks are scattered at random on both sides, or with ``--in-order`` run side by side, as a pool that is
+not fragmented hands them out. Pools ask for huge pages, as the torch engine's does. Beside the transports stands one copy of the same blocks
 within this process (``memmove``, block by block and in one piece), measured before and after each
 transport, so that both see the same machine.
 """
@@ -29,7 +31,7 @@ HOST = "127.0.0.1"
 
 
 def make_pool(num_blocks: int, block_bytes: int, fill: int) -> KvPool:
-    """Return a pool in private memory whose pages have all been touched."""
+    """Return a pool in private huge pages, where there are any, which have all been touched."""
     layout = KvLayout(
         num_layers=1,
         num_kv_heads=1,
@@ -39,7 +41,9 @@ def make_pool(num_blocks: int, block_bytes: int, fill: int) -> KvPool:
         order="layer,kv,token,head,dim",
         block_bytes=block_bytes,
     )
-    memory = memoryview(mmap.mmap(-1, num_blocks * block_bytes, flags=mmap.MAP_PRIVATE))
+    pages = mmap.mmap(-1, num_blocks * block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = memoryview(pages)
     memory[:] = bytes([fill]) * len(memory)
     return KvPool(layout, num_blocks, memory)
 
@@ -77,7 +81,9 @@ def copies_s(ours: KvPool, remote: list[int], local: list[int], runs: int) -> tu
     return statistics.median(by_block), statistics.median(whole)
 
 
-async def measure(name: str, num_blocks: int, block_bytes: int, runs: int) -> None:
+async def measure(
+    name: str, num_blocks: int, block_bytes: int, runs: int, *, in_order: bool
+) -> None:
     """Print one row."""
     context = multiprocessing.get_context("spawn")
     parent, child = context.Pipe()
@@ -87,8 +93,9 @@ async def measure(name: str, num_blocks: int, block_bytes: int, runs: int) -> No
     pool = make_pool(num_blocks, block_bytes, fill=0)
     transport = open_transport(name, peer_id="reader", host=HOST, on_notify=lambda *_: None)
     remote, local = list(range(num_blocks)), list(range(num_blocks))
-    random.Random(1).shuffle(remote)
-    random.Random(2).shuffle(local)
+    if not in_order:
+        random.Random(1).shuffle(remote)
+        random.Random(2).shuffle(local)
     try:
         await transport.start(pool)
         if not await asyncio.to_thread(parent.poll, DEADLINE_S):
@@ -140,6 +147,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=64, help="what one read moves, in MiB")
     parser.add_argument("--block-kib", type=int, default=32, help="size of a block, in KiB")
     parser.add_argument("--runs", type=int, default=11, help="reads of which the median is shown")
+    parser.add_argument("--in-order", action="store_true", help="blocks side by side")
     chosen = parser.parse_args()
     print(
         f"{'':<28}{'read':>9}{'best':>9}{'write':>9}{'memmove':>10}{'whole':>9}"
@@ -148,7 +156,8 @@ def main() -> None:
     print(f"{'transport':<6} wire{'GiB/s from here to whole':>60}{'ms':>29}")
     for name in chosen.transports:
         num_blocks = chosen.mib * 1024 // chosen.block_kib
-        asyncio.run(measure(name, num_blocks, chosen.block_kib * 1024, chosen.runs))
+        block_bytes = chosen.block_kib * 1024
+        asyncio.run(measure(name, num_blocks, block_bytes, chosen.runs, in_order=chosen.in_order))
 
 
 if __name__ == "__main__":

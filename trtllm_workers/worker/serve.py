@@ -23,6 +23,7 @@ from trtllm_workers.planes.base import Discovery, Lease
 from trtllm_workers.planes.discovery import open_discovery
 from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
 from trtllm_workers.transfer.base import KvTransport
+from trtllm_workers.transfer.prefault import prefault
 from trtllm_workers.types import EngineInfo, Role, WorkerRecord, WorkerState
 from trtllm_workers.worker.canary import Canary
 from trtllm_workers.worker.ledger import Ledger
@@ -119,6 +120,8 @@ async def serve_worker(settings: WorkerSettings) -> None:
         info = await _unless_stopped(engine.start(), stop)
         if info is None:
             return
+        if engine.kv_pool is not None:
+            await asyncio.to_thread(prefault, engine.kv_pool)
         log.info("engine started", seconds=round(time.monotonic() - began_s, 2), **_summary(info))
         status.report("registering")
         transport = await open_kv_transport(

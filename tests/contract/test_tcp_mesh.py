@@ -24,6 +24,8 @@ from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
 from trtllm_workers.planes.messages import Drain, Ping, Pong
 from trtllm_workers.types import Address
 
+NEWER = f"protocol version {PROTOCOL_VERSION + 1}, this process version {PROTOCOL_VERSION}"
+
 
 @pytest.fixture
 async def net() -> AsyncIterator[TcpNet]:
@@ -79,7 +81,7 @@ async def test_newer_release_is_told_both_versions(net: TcpNet) -> None:
     worker = await net.endpoint("worker-0")
     async with dialed(worker, me=None) as wire:
         wire.send(GARBAGE["a newer release"])
-        assert b"protocol version 2, this process version 1" in await wire.ended()
+        assert NEWER.encode() in await wire.ended()
 
 
 async def test_connecting_to_a_newer_release_names_both_versions(net: TcpNet) -> None:
@@ -90,7 +92,7 @@ async def test_connecting_to_a_newer_release_names_both_versions(net: TcpNet) ->
         await wire.ended()
 
     async with listening(newer) as address:
-        with pytest.raises(PeerLost, match="protocol version 2, this process version 1"):
+        with pytest.raises(PeerLost, match=NEWER):
             await soon(ingress.plane.connect(address))
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trtllm_workers.errors import FrameError
 from trtllm_workers.planes import frames
-from trtllm_workers.planes.frames import Decoder, TokenBatch, columns, encode
+from trtllm_workers.planes.frames import PROTOCOL_VERSION, Decoder, TokenBatch, columns, encode
 from trtllm_workers.planes.messages import (
     Abort,
     Drain,
@@ -133,7 +133,7 @@ def test_a_damaged_message_is_read_or_refused(message: Message, data: st.DataObj
                 columns(received)
 
 
-def framed(body: bytes, *, length: int | None = None, version: int = 1) -> bytes:
+def framed(body: bytes, *, length: int | None = None, version: int = PROTOCOL_VERSION) -> bytes:
     return struct.pack("<IB", len(body) + 1 if length is None else length, version) + body
 
 
@@ -141,7 +141,10 @@ BAD = {
     "a length of 100 MB": (framed(b"", length=100_000_000), "announces 100000000 bytes"),
     "a length of nothing": (framed(b"", length=0), "announces 0 bytes"),
     "another protocol": (b"GET / HTTP/1.1\r\n", "another protocol"),
-    "another version": (framed(b"x", version=9), "protocol version 9, this process version 1"),
+    "another version": (
+        framed(b"x", version=9),
+        f"protocol version 9, this process version {PROTOCOL_VERSION}",
+    ),
     "an unknown tag": (framed(msgspec.msgpack.encode(["dance", 1])), "'dance'"),
     "a wrong field": (
         framed(msgspec.msgpack.encode(["ping", "one"])),

@@ -19,10 +19,12 @@ from trtllm_workers.errors import (
     StaleIncarnation,
 )
 from trtllm_workers.planes import handshake as subject
-from trtllm_workers.planes.frames import encode, pack
+from trtllm_workers.planes.frames import PROTOCOL_VERSION, encode, pack
 from trtllm_workers.planes.handshake import Handshake, Hello, Proof, Refusal, refusal
 from trtllm_workers.planes.messages import Ping
 from trtllm_workers.types import Address
+
+NEWER = f"protocol version {PROTOCOL_VERSION + 1}, this process version {PROTOCOL_VERSION}"
 
 INGRESS = Address("10.0.0.1", 7001, "ingress-0", "18e9aa")
 WORKER = Address("10.0.0.2", 7002, "worker-0", "18e9bb")
@@ -181,12 +183,12 @@ def test_acceptor_older_than_one_met_before_is_refused() -> None:
 
 
 def test_other_protocol_version_is_told_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    newer = struct.pack("<IB", 3, 2) + b"??"
-    with pytest.raises(FrameError, match="protocol version 2, this process version 1"):
+    newer = struct.pack("<IB", 3, PROTOCOL_VERSION + 1) + b"??"
+    with pytest.raises(FrameError, match=NEWER):
         acceptor().feed(newer)
     left = connector()
     left.opening()
-    with pytest.raises(FrameError, match="protocol version 2, this process version 1"):
+    with pytest.raises(FrameError, match=NEWER):
         left.feed(newer)
 
 
@@ -194,7 +196,7 @@ def test_proof_of_another_protocol_version_does_not_fit(monkeypatch: pytest.Monk
     left, right = connector(), acceptor()
     greeting = right.feed(left.opening())
     with monkeypatch.context() as patch:
-        patch.setattr(subject, "PROTOCOL_VERSION", 2)
+        patch.setattr(subject, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
         proof = left.feed(greeting)
     with pytest.raises(AuthenticationFailed):
         right.feed(proof)

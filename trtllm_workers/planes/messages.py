@@ -86,17 +86,23 @@ class StatsAsk(msgspec.Struct, frozen=True, tag="stats?", array_like=True):
 
 
 class PairAsk(msgspec.Struct, frozen=True, tag="pair", array_like=True):
-    """A decode worker wants to fetch blocks from the receiver. ``card`` None: engine-native."""
+    """A decode worker wants to fetch blocks from the receiver.
+
+    ``cards`` are those of its transports, the best first; none: its engine moves KV itself.
+    """
 
     model_id: str
-    card: TransportCard | None
+    cards: list[TransportCard]
 
 
 class PairAnswer(msgspec.Struct, frozen=True, tag="paired", array_like=True):
-    """The prefill worker's side of a pair, or why there is none (an error's code and message)."""
+    """The prefill worker's side of a pair, or why there is none (an error's code and message).
+
+    ``cards`` are those of its transports that the decode worker has too.
+    """
 
     model_id: str
-    card: TransportCard | None
+    cards: list[TransportCard]
     error_code: str = ""
     error_message: str = ""
 

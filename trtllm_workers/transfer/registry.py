@@ -13,6 +13,7 @@ from trtllm_workers.transfer.base import KvPool, KvTransport, OnNotify
 log = structlog.get_logger(__name__)
 
 AUTO: Final = "auto"
+_ALWAYS_THERE: Final = "tcp"
 TRANSPORTS: Final = ("ucx", "nixl", "tcp")  # in the order that "auto" tries them
 
 _CLASSES = {
@@ -63,6 +64,27 @@ async def start_transport(
             )
             reasons.append(f"{name}: {error}")
     raise TransportUnavailable(f"no KV transport starts here: {'; '.join(reasons)}")
+
+
+async def start_transports(
+    wanted: str, pool: KvPool, *, peer_id: str, host: str, on_notify: OnNotify
+) -> tuple[KvTransport, ...]:
+    """Return the transports that peers may be reached by, started, the best first.
+
+    One, unless ``auto`` is wanted: then the first that starts, and behind it tcp for peers to which
+    that has no wire. Raises TransportUnavailable when none starts.
+    """
+    first = await start_transport(wanted, pool, peer_id=peer_id, host=host, on_notify=on_notify)
+    if wanted != AUTO or first.name == _ALWAYS_THERE:
+        return (first,)
+    try:
+        second = await _started(
+            _ALWAYS_THERE, pool, peer_id=peer_id, host=host, on_notify=on_notify
+        )
+    except BaseException:
+        await first.close()
+        raise
+    return first, second
 
 
 async def _started(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from trtllm_workers.errors import TransportUnavailable
 from trtllm_workers.observe.status import PairStatus, StatusFile
 from trtllm_workers.planes.base import Discovery, RequestPlane
 from trtllm_workers.transfer.base import KvTransport
-from trtllm_workers.transfer.registry import start_transport
+from trtllm_workers.transfer.registry import start_transports
 from trtllm_workers.types import EngineInfo, Role
 from trtllm_workers.worker.canary import Canary, Verdict
 from trtllm_workers.worker.pairs import Pair, Pairs
@@ -27,26 +27,27 @@ log = structlog.get_logger(__name__)
 ENGINE_NATIVE = "engine-native"
 
 
-async def open_kv_transport(
+async def open_kv_transports(
     wanted: str, role: Role, engine: Engine, info: EngineInfo, *, worker_id: str, host: str
-) -> KvTransport | None:
-    """Start the transport that a role needs; None for aggregated workers and engine-native KV.
+) -> tuple[KvTransport, ...]:
+    """Start the transports that a role needs; none for aggregated workers and engine-native KV.
 
     Raises TransportUnavailable, which says what is missing and what to install.
     """
     if role not in (Role.PREFILL, Role.DECODE) or info.kv_transport == ENGINE_NATIVE:
-        return None
+        return ()
     pool = engine.kv_pool
     if pool is None:
         raise TransportUnavailable(
             f"role {role} moves KV blocks, but this {info.engine} engine (device {info.device}) does not "
             "give its blocks to a transport; serve it with role aggregated"
         )
-    transport = await start_transport(
+    transports = await start_transports(
         wanted, pool, peer_id=worker_id, host=host, on_notify=_no_notice
     )
-    log.info("KV transport started", transport=transport.name, wanted=wanted)
-    return transport
+    for transport in transports:
+        log.info("KV transport started", transport=transport.name, wanted=wanted)
+    return transports
 
 
 def _no_notice(peer_id: str, message: bytes) -> None:
@@ -95,7 +96,7 @@ async def start_pairs(
     info: EngineInfo,
     plane: RequestPlane,
     discovery: Discovery,
-    transport: KvTransport | None,
+    transports: Sequence[KvTransport],
     status: StatusFile,
     stack: AsyncExitStack,
     *,
@@ -112,7 +113,7 @@ async def start_pairs(
     pairs = Pairs(
         plane,
         discovery,
-        transport,
+        transports,
         info,
         model,
         gate=partial(_gate, service, canary),

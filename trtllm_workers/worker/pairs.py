@@ -13,16 +13,22 @@ no request; what runs over a pair is ``decode_desk.py``'s.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import structlog
 
-from trtllm_workers.errors import LaunchError, LayoutMismatch, PeerLost, error_for_code
+from trtllm_workers.errors import (
+    LaunchError,
+    LayoutMismatch,
+    PeerLost,
+    TransferFailed,
+    error_for_code,
+)
 from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
 from trtllm_workers.planes.messages import PairAnswer, PairAsk, PairStats
 from trtllm_workers.transfer.base import KvLink, KvTransport
-from trtllm_workers.types import EngineInfo, Role, WorkerRecord, WorkerState
+from trtllm_workers.types import EngineInfo, Role, TransportCard, WorkerRecord, WorkerState
 from trtllm_workers.worker.canary import Verdict
 
 log = structlog.get_logger(__name__)
@@ -109,7 +115,7 @@ class Pairs:
         self,
         plane: RequestPlane,
         discovery: Discovery,
-        transport: KvTransport | None,
+        transports: Sequence[KvTransport],
         info: EngineInfo,
         model: str,
         *,
@@ -119,7 +125,7 @@ class Pairs:
     ) -> None:
         self._plane = plane
         self._discovery = discovery
-        self._transport = transport
+        self._transports = transports
         self._info = info
         self._model = model
         self._gate = gate
@@ -282,21 +288,33 @@ class Pairs:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             pair.lost.clear()
             pair.peer = await self._plane.connect(pair.record.address, CONNECT_TIMEOUT_S)
-            card = self._transport.card() if self._transport is not None else None
+            cards = [transport.card() for transport in self._transports]
             pair.answer = asyncio.get_running_loop().create_future()
-            pair.peer.send(PairAsk(self._info.model_id, card))
+            pair.peer.send(PairAsk(self._info.model_id, cards))
             answer = await pair.answer
         if answer.error_code:
             raise error_for_code(answer.error_code, answer.error_message)
         check_models(self._info.model_id, answer.model_id, pair.peer_id)
-        if self._transport is not None:
-            if answer.card is None:
-                raise LayoutMismatch(
-                    f"prefill worker {pair.peer_id} moves its KV itself, this worker uses "
-                    f"{self._transport.name}; both roles need the same engine"
+        await self._link(pair, {card.transport: card for card in answer.cards})
+
+    async def _link(self, pair: Pair, cards: Mapping[str, TransportCard]) -> None:
+        """Connect by the best transport that both have and that has a wire between them."""
+        common = [transport for transport in self._transports if transport.name in cards]
+        for transport in common:
+            try:
+                pair.link = await transport.connect(cards[transport.name], CONNECT_TIMEOUT_S)
+            except TransferFailed as error:
+                if transport is common[-1]:
+                    raise
+                log.warning(
+                    "KV transport does not reach a prefill worker; trying the next",
+                    peer=pair.peer_id,
+                    transport=transport.name,
+                    reason=str(error),
                 )
-            pair.link = await self._transport.connect(answer.card, CONNECT_TIMEOUT_S)
-            pair.transport, pair.wire = self._transport.name, pair.link.wire
+            else:
+                pair.transport, pair.wire = transport.name, pair.link.wire
+                return
 
     async def _check_until_lost(self, pair: Pair) -> None:
         retry_s = FIRST_RETRY_S

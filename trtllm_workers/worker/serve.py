@@ -27,7 +27,7 @@ from trtllm_workers.transfer.prefault import prefault
 from trtllm_workers.types import EngineInfo, Role, WorkerRecord, WorkerState
 from trtllm_workers.worker.canary import Canary
 from trtllm_workers.worker.ledger import Ledger
-from trtllm_workers.worker.pairing import open_kv_transport, owned_by, pair_statuses, start_pairs
+from trtllm_workers.worker.pairing import open_kv_transports, owned_by, pair_statuses, start_pairs
 from trtllm_workers.worker.prefill_desk import HandoffLimits
 from trtllm_workers.worker.service import WorkerService
 
@@ -113,7 +113,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
         advertise_host=settings.advertise_host,
     )
     discovery: Discovery | None = None
-    transport: KvTransport | None = None
+    transports: tuple[KvTransport, ...] = ()
     try:
         status.report("model", done=0.0)
         began_s = time.monotonic()
@@ -124,7 +124,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
             await asyncio.to_thread(prefault, engine.kv_pool)
         log.info("engine started", seconds=round(time.monotonic() - began_s, 2), **_summary(info))
         status.report("registering")
-        transport = await open_kv_transport(
+        transports = await open_kv_transports(
             settings.kv_transport,
             settings.role,
             engine,
@@ -132,11 +132,12 @@ async def serve_worker(settings: WorkerSettings) -> None:
             worker_id=settings.worker_id,
             host=settings.advertise_host or settings.host,
         )
-        if transport is not None:
-            info = msgspec.structs.replace(info, kv_transport=transport.name)
+        if transports:
+            names = ",".join(transport.name for transport in transports)
+            info = msgspec.structs.replace(info, kv_transport=names)
         await mesh.start()
         service.attach(
-            mesh, info, transport, max_local_prefill_length=settings.max_local_prefill_length
+            mesh, info, transports, max_local_prefill_length=settings.max_local_prefill_length
         )
         discovery = open_discovery(settings.discovery)
         record = WorkerRecord(
@@ -158,7 +159,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
                     info,
                     mesh,
                     discovery,
-                    transport,
+                    transports,
                     status,
                     stack,
                     worker_id=settings.worker_id,
@@ -182,7 +183,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
         if discovery is not None:
             await _quietly(discovery.close())
         await _quietly(service.close())
-        if transport is not None:
+        for transport in transports:
             await _quietly(transport.close())
         await _quietly(engine.close())
         await _quietly(mesh.close())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import structlog
 
@@ -26,7 +28,7 @@ from trtllm_workers.planes.messages import (
     WorkerStats,
 )
 from trtllm_workers.transfer.base import KvTransport, check_layouts
-from trtllm_workers.types import Address, EngineInfo, Role
+from trtllm_workers.types import Address, EngineInfo, Role, TransportCard
 from trtllm_workers.worker.decode_desk import DecodeDesk
 from trtllm_workers.worker.handoff_meters import HandoffMeters
 from trtllm_workers.worker.outbox import ReplyLine, StreamOut
@@ -63,7 +65,7 @@ class WorkerService:
         self._desks: Desks | None = None
         self._plane: RequestPlane | None = None
         self._info: EngineInfo | None = None
-        self._transport: KvTransport | None = None
+        self._transports: Sequence[KvTransport] = ()
         self._lines: dict[Address, ReplyLine] = {}
         self._watchers: dict[Address, Peer] = {}
         self._draining = ""
@@ -73,15 +75,15 @@ class WorkerService:
         self,
         plane: RequestPlane,
         info: EngineInfo | None = None,
-        transport: KvTransport | None = None,
+        transports: Sequence[KvTransport] = (),
         *,
         max_local_prefill_length: int = 0,
     ) -> None:
         """Use this plane for answers; its ``on_message`` and ``on_lost`` are ours.
 
-        ``info`` and ``transport`` of the started engine are needed by the roles prefill and decode.
+        ``info`` and ``transports`` of the started engine are needed by the roles prefill and decode.
         """
-        self._plane, self._info, self._transport = plane, info, transport
+        self._plane, self._info, self._transports = plane, info, transports
         if self._role is Role.DECODE:
             assert info is not None, "a decode worker knows its engine"
             self.decodes = DecodeDesk(
@@ -237,28 +239,26 @@ class WorkerService:
 
     def _pair_answer(self, peer: Peer, ask: PairAsk) -> PairAnswer:
         assert self._info is not None, "a prefill worker knows its engine"
-        ours = self._transport
+        ours = {transport.name: transport for transport in self._transports}
+        cards: list[TransportCard] = []
         try:
             check_models(self._info.model_id, ask.model_id, peer.address.peer_id)
-            if (ours is None) != (ask.card is None):
+            for theirs in ask.cards:
+                transport = ours.get(theirs.transport)
+                if transport is not None:
+                    cards.append(transport.card())
+                    check_layouts(cards[-1].layout, theirs.layout, peer.address.peer_id)
+            if not cards and (ours or ask.cards):
+                told = ", ".join(card.transport for card in ask.cards)
                 raise LayoutMismatch(
-                    f"prefill worker {self._worker_id} and {peer.address.peer_id} do not both move KV "
-                    "by a transport of ours; both roles need the same engine"
-                )
-            if ours is None or ask.card is None:
-                return PairAnswer(self._info.model_id, None)
-            card = ours.card()
-            check_layouts(card.layout, ask.card.layout, peer.address.peer_id)
-            if ask.card.transport != card.transport:
-                raise LayoutMismatch(
-                    f"prefill worker {self._worker_id} uses transport {card.transport}, "
-                    f"{peer.address.peer_id} uses {ask.card.transport}; give both the same "
-                    "--kv-transport"
+                    f"prefill worker {self._worker_id} moves KV by "
+                    f"{', '.join(ours) or 'its engine'}, {peer.address.peer_id} by "
+                    f"{told or 'its engine'}; give both the same engine and --kv-transport"
                 )
         except LaunchError as error:
             log.error("decode worker refused", peer=str(peer.address), reason=str(error))
-            return PairAnswer(self._info.model_id, None, error.code or "", str(error))
-        return PairAnswer(self._info.model_id, card)
+            return PairAnswer(self._info.model_id, [], error.code or "", str(error))
+        return PairAnswer(self._info.model_id, cards)
 
     # --- stats, drain, end ---------------------------------------------------------------------
 

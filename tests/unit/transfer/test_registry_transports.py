@@ -11,7 +11,7 @@ from tests.fakes.transport_peer import make_layout, make_pool
 from trtllm_workers.errors import ConfigError, TransportUnavailable
 from trtllm_workers.transfer import registry
 from trtllm_workers.transfer.base import OnNotify
-from trtllm_workers.transfer.registry import open_transport, start_transport
+from trtllm_workers.transfer.registry import open_transport, start_transport, start_transports
 from trtllm_workers.transfer.tcp import TcpTransport
 
 POOL = make_pool(2, make_layout(4096))
@@ -108,3 +108,26 @@ def test_importing_the_registry_and_tcp_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
+
+
+async def test_auto_has_tcp_behind_the_first_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing(monkeypatch, "ucx")
+    monkeypatch.setattr(
+        registry,
+        "_CLASSES",
+        registry._CLASSES | {"nixl": ("trtllm_workers.transfer.tcp", "TcpTransport")},
+    )
+    transports = await start_transports("auto", POOL, **arguments())
+    assert len(transports) == 2
+    assert isinstance(transports[-1], TcpTransport)
+    for transport in transports:
+        await transport.close()
+
+
+async def test_a_wanted_transport_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    (transport,) = await start_transports("tcp", POOL, **arguments())
+    await transport.close()
+    refusing(monkeypatch, "ucx", "nixl")
+    (transport,) = await start_transports("auto", POOL, **arguments())
+    assert transport.name == "tcp"
+    await transport.close()

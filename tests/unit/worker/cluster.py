@@ -66,7 +66,7 @@ class Node:
     info: EngineInfo
     service: WorkerService
     mesh: TcpMesh
-    transport: KvTransport | None
+    transports: list[KvTransport]
     record: WorkerRecord
     lease: Lease
     stack: AsyncExitStack
@@ -171,16 +171,19 @@ class Cluster:
         engine = wrap(build_engine(self.engine, options))
         stack.push_async_callback(engine.close)
         info = await engine.start()
-        kv_transport: KvTransport | None = None
-        if role is not Role.AGGREGATED:
+        transports: list[KvTransport] = []
+        for name in (transport or self.transport).split(","):
+            if role is Role.AGGREGATED:
+                break
             kv_transport = open_transport(
-                transport or self.transport,
+                name,
                 peer_id=worker_id,
                 host="127.0.0.1",
                 on_notify=lambda _peer, _message: None,
             )
             assert engine.kv_pool is not None
             await kv_transport.start(engine.kv_pool)
+            transports.append(kv_transport)
             stack.push_async_callback(kv_transport.close)
         service = WorkerService(worker_id, role, engine, limits=limits)
 
@@ -197,7 +200,7 @@ class Cluster:
         )
         await mesh.start()
         stack.push_async_callback(mesh.close)
-        service.attach(mesh, info, kv_transport, max_local_prefill_length=max_local)
+        service.attach(mesh, info, transports, max_local_prefill_length=max_local)
         stack.push_async_callback(service.close)
         record = WorkerRecord(
             worker_id=worker_id, model=MODEL, role=role, address=mesh.address, engine=info
@@ -211,7 +214,7 @@ class Cluster:
                 info,
                 mesh,
                 self.discovery,
-                kv_transport,
+                transports,
                 StatusFile(None),
                 stack,
                 worker_id=worker_id,
@@ -219,7 +222,7 @@ class Cluster:
                 canary_interval_s=canary_interval_s,
             )
         node = Node(
-            worker_id, role, engine, info, service, mesh, kv_transport, record, lease, stack, canary
+            worker_id, role, engine, info, service, mesh, transports, record, lease, stack, canary
         )
         self.nodes[worker_id] = node
         peer = await self.client.mesh.connect(mesh.address)

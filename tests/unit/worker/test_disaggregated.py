@@ -13,9 +13,11 @@ import pytest
 from tests.fakes.tiny_models import make_tiny_checkpoint
 from tests.unit.worker.cluster import Cluster, cluster, prompt_of, request
 from trtllm_workers.engines.base import DeliverPrefilled, Engine
-from trtllm_workers.errors import EngineError
+from trtllm_workers.errors import EngineError, TransferFailed
 from trtllm_workers.planes.messages import Fetched, Fetching, Message, Offer, PrefillAsk, Submit
-from trtllm_workers.types import FinishReason, GenerateRequest, Role
+from trtllm_workers.transfer.base import KvLink
+from trtllm_workers.transfer.nixl import NixlTransport
+from trtllm_workers.types import FinishReason, GenerateRequest, Role, TransportCard
 from trtllm_workers.worker.prefill_desk import HandoffLimits
 
 STRATEGIES = ["decode_first", "prefill_first"]
@@ -259,6 +261,37 @@ async def test_a_prefill_worker_of_another_model_is_refused_with_both_names(tmp_
         reason = made.client.stats["d0"].pairs[0].reason
         assert p0.info.model_id in reason
         assert d0.info.model_id in reason
+
+
+async def test_the_best_transport_that_reaches_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ``auto``: both have nixl and tcp, but nixl has no wire between them."""
+    async with cluster(tmp_path, transport="nixl,tcp") as made:
+        await made.add(Role.PREFILL, "p0")
+        await made.add(Role.DECODE, "d0")
+        await made.paired("d0", "p0")
+        assert made.client.stats["d0"].pairs[0].transport == "nixl"
+
+    async def no_wire(_self: NixlTransport, _card: TransportCard, _timeout_s: float) -> KvLink:
+        raise TransferFailed("no wire to it")
+
+    monkeypatch.setattr(NixlTransport, "connect", no_wire)
+    async with cluster(tmp_path / "again", transport="nixl,tcp") as made:
+        await made.add(Role.PREFILL, "p0")
+        await made.add(Role.DECODE, "d0")
+        await made.paired("d0", "p0")
+        assert made.client.stats["d0"].pairs[0].transport == "tcp"
+
+
+async def test_workers_without_a_common_transport_are_refused(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as made:
+        await made.add(Role.PREFILL, "p0", transport="tcp")
+        await made.add(Role.DECODE, "d0", transport="nixl")
+        await made.paired("d0", "p0", "refused")
+        reason = made.client.stats["d0"].pairs[0].reason
+        assert "p0 moves KV by tcp, d0 by nixl" in reason
+        assert "--kv-transport" in reason
 
 
 async def test_a_record_of_an_older_life_is_no_pair(tmp_path: Path) -> None:

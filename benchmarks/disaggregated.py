@@ -11,7 +11,8 @@ aggregated, decode_first and prefill_first. Every round measures all three one a
 that a busy machine slows all alike; tables show medians.
 
 * ttft: one request at a time, fresh prompts of 1k and 4k tokens; from the request sent to the first
-  content byte read. The transfer's own time comes from the decode worker's metrics.
+  content byte read. Transfer, queue and first decode come from the decode worker's own metrics:
+  where computing the prompt takes long, its noise hides them in the difference.
 * itl: equal numbers of streams that begin together; gap between tokens as the client sees it.
 
 The torch engine serves a random-weight Llama of about 87M parameters in bf16;
@@ -62,11 +63,11 @@ class Deployment:
     kind: str
     port: int
 
-    def metric_sum(self, name: str) -> float:
-        """Return the sum of a metric over its series."""
+    def metric_sum(self, name: str, label: str = "") -> float:
+        """Return the sum of a metric over its series, those with ``label`` if given."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=20) as answer:
             text = answer.read().decode()
-        found = re.findall(rf"^trtllm_launch_{name}{{.*}} (\S+)$", text, re.MULTILINE)
+        found = re.findall(rf"^trtllm_launch_{name}{{.*{label}.*}} (\S+)$", text, re.MULTILINE)
         return sum(map(float, found))
 
 
@@ -168,11 +169,12 @@ def first_token_s(deployment: Deployment, prompt: list[int]) -> float:
 def ttft(deployments: list[Deployment], rounds: int) -> None:
     """Print the times to the first token."""
     dice = random.Random(3)
-    print("| prompt | kind | TTFT | over aggregated | transfer | left |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| prompt | kind | TTFT | over aggregated | transfer | left | queue, first decode |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for length in PROMPT_LENGTHS:
         times: dict[str, list[float]] = {one.kind: [] for one in deployments}
         transfers: dict[str, list[float]] = {one.kind: [] for one in deployments}
+        beside: dict[str, list[float]] = {one.kind: [] for one in deployments}
         for number in range(rounds + 1):
             for one in deployments:
                 prompt = dice.choices(range(5, VOCAB), k=length)
@@ -184,17 +186,22 @@ def ttft(deployments: list[Deployment], rounds: int) -> None:
             time.sleep(1.1)
             for one in deployments:
                 transfers[one.kind].append(one.metric_sum("kv_transfer_seconds_total"))
-        base = statistics.median(times["aggregated"])
+                beside[one.kind].append(
+                    one.metric_sum("first_token_phase_seconds_sum", 'phase="queue"')
+                    + one.metric_sum("first_token_phase_seconds_sum", 'phase="first_decode"')
+                )
         for kind, taken in times.items():
             over = statistics.median(
                 [mine - other for mine, other in zip(taken, times["aggregated"], strict=True)]
             )
-            told = transfers[kind]
-            moved = statistics.median([b - a for a, b in itertools.pairwise(told)])
+            moved, waited = (
+                statistics.median([b - a for a, b in itertools.pairwise(told[kind])])
+                for told in (transfers, beside)
+            )
             cells = [f"{statistics.median(taken) * 1e3:.1f} ms", f"{over * 1e3:+.1f} ms"]
             cells += [f"{moved * 1e3:.1f} ms", f"{(over - moved) * 1e3:+.1f} ms"]
+            cells.append(f"{waited * 1e3:.1f} ms")
             print(f"| {length} | {kind} | {' | '.join(cells)} |", flush=True)
-        print(f"| | (aggregated {base * 1e3:.1f} ms) | | | | |")
 
 
 def itl(deployments: list[Deployment], rounds: int, folder: Path, streams: int) -> None:

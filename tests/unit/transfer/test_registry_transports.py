@@ -32,6 +32,14 @@ class Refuses:
         self.closed.append(self._peer_id)
 
 
+class Starts(TcpTransport):
+    """A transport that starts, under another name."""
+
+    @property
+    def name(self) -> str:
+        return "nixl"
+
+
 @pytest.fixture(autouse=True)
 def emptied() -> None:
     Refuses.closed.clear()
@@ -115,11 +123,10 @@ async def test_auto_has_tcp_behind_the_first_that_starts(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         registry,
         "_CLASSES",
-        registry._CLASSES | {"nixl": ("trtllm_workers.transfer.tcp", "TcpTransport")},
+        registry._CLASSES | {"nixl": (__name__, "Starts")},
     )
     transports = await start_transports("auto", POOL, **arguments())
-    assert len(transports) == 2
-    assert isinstance(transports[-1], TcpTransport)
+    assert [transport.name for transport in transports] == ["nixl", "tcp"]
     for transport in transports:
         await transport.close()
 

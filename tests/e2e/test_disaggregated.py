@@ -171,6 +171,35 @@ def test_a_prefill_worker_that_stands_still_costs_time_and_no_answer(
     parts.wait_no_block_held()
 
 
+def test_a_decode_worker_that_stands_still_is_given_up_at_the_deadline(bench: Workbench) -> None:
+    """prefill_first: nobody fetches, the pins end, and the request goes to the other decode worker."""
+    parts = Parts(
+        bench,
+        *("--engine", "sim", "--kv-transport", "tcp"),
+        *("--handoff-min-timeout-s", "1", "--canary-interval-s", "0"),
+    )
+    parts.ingress("--strategy", "prefill_first")
+    parts.worker("prefill", "p0")
+    parts.worker("decode", "d0")
+    parts.worker("decode", "d1")
+    parts.wait_ready()
+    parts.wait_pairs(2)
+    body = completion([5 + i % 400 for i in range(300)])
+    expected = text_of(parts.url, body)
+    os.kill(parts.pid("d0"), signal.SIGSTOP)
+    try:
+        for number in range(2):  # one of them meets the worker that stands still
+            began = time.monotonic()
+            assert text_of(parts.url, {**body, "cache_salt": str(number)}) == expected
+            assert time.monotonic() - began < 8
+        parts.wait(lambda: parts.metric("handoffs_total", state="expired") >= 1, "expired")
+    finally:
+        os.kill(parts.pid("d0"), signal.SIGCONT)
+    assert parts.metric("migrations_total") >= 1
+    parts.wait_pairs(2)
+    parts.wait_no_block_held()
+
+
 def test_workers_join_and_leave_under_load(bench: Workbench, tmp_path: Path) -> None:
     cost = costs(tmp_path / "cost.yaml", prefill_ms_per_token=0.1, decode_ms=5)
     parts = Parts(bench, "--engine", "sim", "--sim-cost-model", cost, "--kv-transport", "tcp")

@@ -344,8 +344,12 @@ class DecodeDesk:
             raise Aborted
         peer_id = job.pair.peer_id if job.pair is not None else "?"
         if not said.done():
-            text = f"prefill worker {peer_id} was silent for {timeout_s:.1f} s"
-            raise WentWrong(cause, HandoffExpired(f"handoff {job.handoff_id}: {text}"))
+            text = (
+                f"handoff {job.handoff_id}: prefill worker {peer_id} was silent for {timeout_s:.1f} s; "
+                "does it stand still, or is its queue long? Add prefill workers, or give it more time "
+                "with --prefill-timeout-s or --handoff-min-timeout-s"
+            )
+            raise WentWrong(cause, HandoffExpired(text))
         result = said.result()
         if isinstance(result, LaunchError):
             raise WentWrong(LOST if isinstance(result, PeerLost) else REFUSED, result)

@@ -7,16 +7,31 @@ no socket and no pair: who runs the probe is told by the caller.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from hashlib import blake2b
 from itertools import count
 
+import structlog
+
 from trtllm_workers.engines.base import Engine, generate
 from trtllm_workers.errors import LaunchError
-from trtllm_workers.types import EngineInfo, GenerateRequest, SamplingParams, TokenChunk
+from trtllm_workers.transfer.base import KvLink
+from trtllm_workers.types import (
+    EngineInfo,
+    GenerateRequest,
+    Reservation,
+    SamplingParams,
+    TokenChunk,
+)
+
+log = structlog.get_logger(__name__)
 
 NUM_TOKENS = 8
+# Enough bytes to show a rate rather than a latency, where blocks and sequences allow.
+_RATE_BYTES = 32 << 20
+_RATE_TIMEOUT_S = 10.0
 # Longer than a prefill worker may take by default: what is slow then is this worker itself.
 TIMEOUT_S = 120.0
 
@@ -106,6 +121,51 @@ class Canary:
             self._reference = None
             return Verdict.FAILED, f"this worker's own tokens changed from {reference} to {again}"
         return Verdict.MISMATCH, f"tokens {out.tokens}, an aggregated run gives {reference}"
+
+    async def measure(self, link: KvLink, num_remote_blocks: int) -> float:
+        """Return how fast blocks can be read from a peer, in bytes per second; 0: not measured.
+
+        Reads what lies in the peer's first blocks, whatever it is, into blocks that are reserved for
+        that and given back.
+        """
+        pool = self._engine.kv_pool
+        info = self._info
+        if pool is None:
+            return 0.0
+        num_blocks = min(
+            _RATE_BYTES // pool.layout.block_bytes or 1,
+            (info.max_seq_len - 1) // info.block_size,
+            info.num_blocks // 4,
+            num_remote_blocks,
+        )
+        if num_blocks < 1:
+            return 0.0
+        number = next(self._numbers)
+        request = GenerateRequest(
+            request_id=f"{self._name}/rate-{number}",
+            prompt_token_ids=self._prompt[:1] * (num_blocks * info.block_size),
+            sampling=SamplingParams(max_tokens=1, temperature=0.0),
+            cache_salt=f"{self._name}/rate-{number}",
+        )
+        reserved: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+        self.running.add(request.request_id)
+        try:
+            self._engine.reserve(
+                request, lambda told: None if reserved.done() else reserved.set_result(told)
+            )
+            async with asyncio.timeout(_RATE_TIMEOUT_S):
+                local = (await reserved).block_ids
+                remote = range(len(local))
+                await link.read(remote, local, _RATE_TIMEOUT_S)  # the first finds its way
+                began_s = time.monotonic()
+                await link.read(remote, local, _RATE_TIMEOUT_S)
+            return len(local) * pool.layout.block_bytes / (time.monotonic() - began_s)
+        except (LaunchError, TimeoutError) as error:
+            log.info("rate of a prefill worker not measured", peer=link.peer_id, reason=str(error))
+            return 0.0
+        finally:
+            self._engine.abort(request.request_id)
+            self.running.discard(request.request_id)
 
     async def _aggregated(self) -> list[int]:
         """Return the tokens of a run that stays on this worker; computed once."""

@@ -18,7 +18,7 @@ from trtllm_workers.transfer.base import KvTransport
 from trtllm_workers.transfer.registry import start_transports
 from trtllm_workers.types import EngineInfo, Role
 from trtllm_workers.worker.canary import Canary, Verdict
-from trtllm_workers.worker.pairs import Pair, Pairs
+from trtllm_workers.worker.pairs import READY, Pair, Pairs
 from trtllm_workers.worker.service import WorkerService
 
 log = structlog.get_logger(__name__)
@@ -129,7 +129,11 @@ async def start_pairs(
 async def _gate(service: WorkerService, canary: Canary, pair: Pair) -> tuple[Verdict, str]:
     desk = service.decodes
     assert desk is not None, "only decode workers have pairs"
-    return await canary.compare(partial(desk.probe, pair))
+    verdict, reason = await canary.compare(partial(desk.probe, pair))
+    if verdict is Verdict.PASSED and pair.link is not None and pair.state != READY:
+        # What the probe moved shows little but latency.
+        pair.bytes_per_s = await canary.measure(pair.link, pair.num_blocks) or pair.bytes_per_s
+    return verdict, reason
 
 
 def pair_statuses(pairs: Pairs) -> list[PairStatus]:

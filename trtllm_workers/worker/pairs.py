@@ -57,6 +57,7 @@ class Pair:
         self.answer: asyncio.Future[PairAnswer] | None = None
         self.transport = ""
         self.wire = ""
+        self.num_blocks = 0  # of the prefill worker's pool
         self.num_handoffs = 0
         self.num_bytes = 0
         self.seconds = 0.0
@@ -314,6 +315,7 @@ class Pairs:
                 )
             else:
                 pair.transport, pair.wire = transport.name, pair.link.wire
+                pair.num_blocks = cards[transport.name].num_blocks
                 return
 
     async def _check_until_lost(self, pair: Pair) -> None:

@@ -356,6 +356,20 @@ async def test_wrong_tokens_take_the_pair_out(tmp_path: Path, engine: str) -> No
         assert "an aggregated run gives" in pair.reason
 
 
+@pytest.mark.parametrize("transport", ["tcp", "nixl", "ucx"])
+async def test_a_new_pair_has_a_rate_and_holds_no_block_for_it(
+    tmp_path: Path, transport: str
+) -> None:
+    async with cluster(tmp_path, "torch", transport) as made:
+        await made.add(Role.PREFILL, "p0")
+        await made.add(Role.DECODE, "d0")
+        await made.paired("d0", "p0")
+        pair = made.client.stats["d0"].pairs[0]
+        assert pair.gb_per_s > 0.001
+        assert pair.num_handoffs == 1, "the gate's probe; the measurement is none"
+        await made.idle()
+
+
 async def test_the_canary_comes_again(tmp_path: Path) -> None:
     async with cluster(tmp_path) as made:
         await made.add(Role.PREFILL, "p0")

@@ -103,11 +103,19 @@ def check_layouts(ours: KvLayout, theirs: KvLayout, peer_id: str) -> None:
         )
 
 
-def check_block_ids(ours: KvPool, local: Sequence[int], remote: Sequence[int]) -> str | None:
-    """Return what is wrong with the ids of a read or write on our side, or None."""
+def check_block_ids(
+    ours: KvPool, local: Sequence[int], remote: Sequence[int], num_remote: int
+) -> str | None:
+    """Return what is wrong with the ids of a read or write, or None.
+
+    ``num_remote`` is the number of blocks in the peer's pool.
+    """
     if len(local) != len(remote):
         return f"{len(remote)} remote blocks for {len(local)} local ones"
     for block_id in local:
         if not 0 <= block_id < ours.num_blocks:
             return f"local block {block_id} is outside the pool of {ours.num_blocks}"
+    for block_id in remote:
+        if not 0 <= block_id < num_remote:
+            return f"remote block {block_id} is outside its pool of {num_remote}"
     return None

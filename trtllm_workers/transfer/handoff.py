@@ -24,6 +24,8 @@ from trtllm_workers.errors import HandoffExpired
 # A transfer may be so much slower than measured before it counts as stuck: other transfers share
 # the wire and the memory.
 _SLOWDOWN = 10.0
+_TELLING_BYTES = 1 << 20
+_NEWEST_WEIGHT = 0.3
 
 
 class HandoffState(StrEnum):
@@ -44,6 +46,29 @@ def handoff_timeout_s(
     """
     expected_s = num_bytes / bytes_per_s if bytes_per_s > 0 else 0.0
     return min(min_timeout_s + _SLOWDOWN * expected_s, max_timeout_s)
+
+
+@dataclass(slots=True)
+class Rate:
+    """How fast blocks move between two workers, in bytes per second: a mean that follows recent transfers.
+
+    Small transfers show latency rather than a rate; they count only until a large one has come.
+    """
+
+    bytes_per_s: float = 0.0
+    telling: bool = False
+
+    def note(self, num_bytes: int, seconds: float) -> None:
+        """Take one transfer into account."""
+        telling = num_bytes >= _TELLING_BYTES
+        if seconds <= 0 or (self.telling and not telling):
+            return
+        rate = num_bytes / seconds
+        if telling and not self.telling:
+            self.telling, self.bytes_per_s = True, rate
+        else:
+            known = self.bytes_per_s or rate
+            self.bytes_per_s = known + _NEWEST_WEIGHT * (rate - known)
 
 
 @dataclass(slots=True)

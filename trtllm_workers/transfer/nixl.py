@@ -1,4 +1,4 @@
-"""Blocks by NIXL: one-sided reads and writes over UCX, through shared memory, RDMA or TCP.
+"""Blocks by NIXL: one-sided reads and writes over its UCX, on one host or by RDMA.
 
 Two things reach a peer. A connection of our own (``tcp_channel``) proves the card's token both
 ways, brings the layout, carries notifications, and tells within a moment that the peer's process is
@@ -177,11 +177,7 @@ class NixlLink:
 
     def _check(self, what: str, local: Sequence[int], remote: Sequence[int]) -> None:
         self._check_open(what)
-        wrong = check_block_ids(self._pool, local, remote)
-        if wrong is None and remote and not (min(remote) >= 0 and max(remote) < self._num_remote):
-            wrong = (
-                f"a block of {min(remote)}..{max(remote)} is outside its pool of {self._num_remote}"
-            )
+        wrong = check_block_ids(self._pool, local, remote, self._num_remote)
         if wrong is not None:
             raise TransferFailed(f"{what} {self._peer_id}: {wrong}; nothing was moved")
 

@@ -147,11 +147,7 @@ class TcpLink:
 
     def _check(self, what: str, local: Sequence[int], remote: Sequence[int]) -> None:
         self._check_open(what)
-        wrong = check_block_ids(self._pool, local, remote)
-        if wrong is None and remote and not (min(remote) >= 0 and max(remote) < self._num_remote):
-            wrong = (
-                f"a block of {min(remote)}..{max(remote)} is outside its pool of {self._num_remote}"
-            )
+        wrong = check_block_ids(self._pool, local, remote, self._num_remote)
         if wrong is not None:
             raise TransferFailed(f"{what} {self._peer_id}: {wrong}; nothing was moved")
 

@@ -113,11 +113,7 @@ class UcxLink:
     ) -> None:
         what = "write" if write else "read"
         self._check_usable(what)
-        wrong = check_block_ids(self._setting.pool, local, remote)
-        if wrong is None:
-            outside = [block for block in remote if not 0 <= block < self._card.num_blocks]
-            if outside:
-                wrong = f"remote block {outside[0]} is outside its pool of {self._card.num_blocks}"
+        wrong = check_block_ids(self._setting.pool, local, remote, self._card.num_blocks)
         if wrong is not None:
             raise self._failed(what, f"{wrong}; nothing was moved")
         if local:

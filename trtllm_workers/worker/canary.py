@@ -122,8 +122,8 @@ class Canary:
             return Verdict.FAILED, f"this worker's own tokens changed from {reference} to {again}"
         return Verdict.MISMATCH, f"tokens {out.tokens}, an aggregated run gives {reference}"
 
-    async def measure(self, link: KvLink, num_remote_blocks: int) -> float:
-        """Return how fast blocks can be read from a peer, in bytes per second; 0: not measured.
+    async def measure(self, link: KvLink, num_remote_blocks: int) -> tuple[int, float]:
+        """Read blocks from a peer; return how many bytes in how many seconds; (0, 0): not measured.
 
         Reads what lies in the peer's first blocks, whatever it is, into blocks that are reserved for
         that and given back.
@@ -131,7 +131,7 @@ class Canary:
         pool = self._engine.kv_pool
         info = self._info
         if pool is None:
-            return 0.0
+            return 0, 0.0
         num_blocks = min(
             _RATE_BYTES // pool.layout.block_bytes or 1,
             (info.max_seq_len - 1) // info.block_size,
@@ -139,7 +139,7 @@ class Canary:
             num_remote_blocks,
         )
         if num_blocks < 1:
-            return 0.0
+            return 0, 0.0
         number = next(self._numbers)
         request = GenerateRequest(
             request_id=f"{self._name}/rate-{number}",
@@ -159,10 +159,10 @@ class Canary:
                 await link.read(remote, local, _RATE_TIMEOUT_S)  # the first finds its way
                 began_s = time.monotonic()
                 await link.read(remote, local, _RATE_TIMEOUT_S)
-            return len(local) * pool.layout.block_bytes / (time.monotonic() - began_s)
+            return len(local) * pool.layout.block_bytes, time.monotonic() - began_s
         except (LaunchError, TimeoutError) as error:
             log.info("rate of a prefill worker not measured", peer=link.peer_id, reason=str(error))
-            return 0.0
+            return 0, 0.0
         finally:
             self._engine.abort(request.request_id)
             self.running.discard(request.request_id)

@@ -132,7 +132,7 @@ async def _gate(service: WorkerService, canary: Canary, pair: Pair) -> tuple[Ver
     verdict, reason = await canary.compare(partial(desk.probe, pair))
     if verdict is Verdict.PASSED and pair.link is not None and pair.state != READY:
         # What the probe moved shows little but latency.
-        pair.bytes_per_s = await canary.measure(pair.link, pair.num_blocks) or pair.bytes_per_s
+        pair.rate.note(*await canary.measure(pair.link, pair.num_blocks))
     return verdict, reason
 
 

@@ -28,6 +28,7 @@ from trtllm_workers.errors import (
 from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
 from trtllm_workers.planes.messages import PairAnswer, PairAsk, PairStats
 from trtllm_workers.transfer.base import KvLink, KvTransport
+from trtllm_workers.transfer.handoff import Rate
 from trtllm_workers.types import EngineInfo, Role, TransportCard, WorkerRecord, WorkerState
 from trtllm_workers.worker.canary import Verdict
 
@@ -37,9 +38,6 @@ CHECKING, READY, REFUSED, MISMATCH, LOST = "checking", "ready", "refused", "mism
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
-# The rate shown and used for deadlines follows recent transfers; small ones show only latency.
-_TELLING_BYTES = 1 << 20
-_NEWEST_WEIGHT = 0.3
 
 
 class Pair:
@@ -61,7 +59,7 @@ class Pair:
         self.num_handoffs = 0
         self.num_bytes = 0
         self.seconds = 0.0
-        self.bytes_per_s = 0.0
+        self.rate = Rate()
         self.canaries = dict.fromkeys(Verdict, 0)
 
     @property
@@ -79,10 +77,7 @@ class Pair:
         self.num_handoffs += 1
         self.num_bytes += num_bytes
         self.seconds += seconds
-        if seconds > 0 and (num_bytes >= _TELLING_BYTES or not self.bytes_per_s):
-            rate = num_bytes / seconds
-            known = self.bytes_per_s or rate
-            self.bytes_per_s = known + _NEWEST_WEIGHT * (rate - known)
+        self.rate.note(num_bytes, seconds)
 
     def stats(self) -> PairStats:
         """Return what there is to tell."""
@@ -95,7 +90,7 @@ class Pair:
             num_handoffs=self.num_handoffs,
             num_bytes=self.num_bytes,
             seconds=self.seconds,
-            gb_per_s=self.bytes_per_s / 1e9,
+            gb_per_s=self.rate.bytes_per_s / 1e9,
             canary_passed=self.canaries[Verdict.PASSED],
             canary_failed=self.canaries[Verdict.FAILED],
             canary_mismatched=self.canaries[Verdict.MISMATCH],
@@ -353,7 +348,7 @@ class Pairs:
             peer=pair.peer_id,
             transport=pair.transport or "engine-native",
             wire=pair.link.wire if pair.link is not None else "",
-            gb_per_s=round(pair.bytes_per_s / 1e9, 3),
+            gb_per_s=round(pair.rate.bytes_per_s / 1e9, 3),
         )
 
     def _set(self, pair: Pair, state: str, reason: str) -> None:

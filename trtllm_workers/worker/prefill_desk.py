@@ -29,16 +29,12 @@ from trtllm_workers.planes.messages import (
     Released,
     Submit,
 )
-from trtllm_workers.transfer.handoff import Handoff, HandoffState, handoff_timeout_s
+from trtllm_workers.transfer.handoff import Handoff, HandoffState, Rate, handoff_timeout_s
 from trtllm_workers.types import FinishReason, GenerateRequest, Prefilled
 from trtllm_workers.worker.handoff_meters import HandoffMeters
 from trtllm_workers.worker.outbox import StreamOut
 
 log = structlog.get_logger(__name__)
-
-# A rate is learned from transfers that are large enough to show it.
-_TELLING_BYTES = 1 << 20
-_NEWEST_WEIGHT = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +74,7 @@ class PrefillDesk:
         self._meters = meters
         self._limits = limits
         self._entries: dict[str, _Entry] = {}  # by the engine's request id
-        self._rates: dict[tuple[str, str], float] = {}  # bytes per second, by decode worker
+        self._rates: dict[tuple[str, str], Rate] = {}  # by decode worker
         self.draining = ""
 
     @property
@@ -144,9 +140,10 @@ class PrefillDesk:
         layout = self._engine.kv_pool.layout if self._engine.kv_pool is not None else None
         num_bytes = len(prefilled.block_ids) * (layout.block_bytes if layout else 0)
         address = entry.peer.address
+        rate = self._rates.get((address.peer_id, address.incarnation))
         timeout_s = handoff_timeout_s(
             num_bytes,
-            self._rates.get((address.peer_id, address.incarnation), 0.0),
+            rate.bytes_per_s if rate is not None and rate.telling else 0.0,
             min_timeout_s=self._limits.min_timeout_s,
             max_timeout_s=self._limits.max_timeout_s,
         )
@@ -199,11 +196,8 @@ class PrefillDesk:
         self._send(peer, Released(message.handoff, valid))
         if entry is None or not valid:
             return
-        if message.num_bytes >= _TELLING_BYTES and message.seconds > 0:
-            key = (peer.address.peer_id, peer.address.incarnation)
-            rate = message.num_bytes / message.seconds
-            known = self._rates.get(key, rate)
-            self._rates[key] = known + _NEWEST_WEIGHT * (rate - known)
+        key = (peer.address.peer_id, peer.address.incarnation)
+        self._rates.setdefault(key, Rate()).note(message.num_bytes, message.seconds)
         self._end(entry, HandoffState.RELEASED, "fetched")
 
     def cancel(self, peer: Peer, message: CancelHandoff) -> None:

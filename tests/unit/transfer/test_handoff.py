@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtllm_workers.errors import HandoffExpired
-from trtllm_workers.transfer.handoff import Handoff, HandoffState, handoff_timeout_s
+from trtllm_workers.transfer.handoff import Handoff, HandoffState, Rate, handoff_timeout_s
 
 
 def offer(timeout_s: float = 5.0) -> Handoff:
@@ -63,3 +63,17 @@ def test_the_deadline_of_a_gigabyte_at_a_gigabyte_a_second() -> None:
     assert handoff_timeout_s(10**9, 1e9, min_timeout_s=5, max_timeout_s=120) == 15.0
     assert handoff_timeout_s(10**9, 0.0, min_timeout_s=5, max_timeout_s=120) == 5.0
     assert handoff_timeout_s(10**12, 1e9, min_timeout_s=5, max_timeout_s=120) == 120.0
+
+
+def test_a_rate_follows_large_transfers_and_forgets_small_ones() -> None:
+    rate = Rate()
+    rate.note(0, 0.0)
+    assert rate.bytes_per_s == 0.0
+    rate.note(1000, 0.001)
+    assert (rate.bytes_per_s, rate.telling) == (1e6, False)
+    rate.note(10**8, 0.1)
+    assert (rate.bytes_per_s, rate.telling) == (1e9, True)
+    rate.note(1000, 0.001)
+    assert rate.bytes_per_s == 1e9
+    rate.note(2 * 10**8, 0.1)
+    assert rate.bytes_per_s == pytest.approx(1.3e9)

@@ -191,7 +191,6 @@ async def test_an_offer_that_nobody_fetches_expires_and_is_told(
             assert decode.fallbacks() == {"handoff_expired": 1}
         else:  # the ingress moves such a stream; nobody else goes on with it
             assert last.error_code == "handoff_expired"
-            assert "40 tokens" not in (last.error_message or "")
             assert "5 KV blocks waited" in (last.error_message or "")
         async with asyncio.timeout(5):
             await expired.wait()
@@ -213,8 +212,13 @@ async def test_a_read_that_fails_is_made_up_for_here(tmp_path: Path) -> None:
         await made.idle()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("behind", [PrefillAsk, Submit, Offer, Fetching, "read", Fetched])
+@pytest.mark.parametrize(
+    ("strategy", "behind"),
+    [
+        *(("decode_first", one) for one in (Submit, PrefillAsk, Offer, Fetching, "read", Fetched)),
+        *(("prefill_first", one) for one in (Submit, Offer, Fetching, "read", Fetched)),
+    ],
+)
 async def test_a_prefill_worker_lost_at_any_point_costs_no_answer(
     tmp_path: Path, strategy: str, behind: Any
 ) -> None:
@@ -246,7 +250,8 @@ async def test_a_prefill_worker_lost_at_any_point_costs_no_answer(
         if strategy == "prefill_first" and behind is Submit:
             # Decode never hears of it: the ingress sees that prefill is lost, and moves the stream.
             await made.client.until(lambda: "p0" in made.client.lost)
-        elif (strategy, behind) != ("prefill_first", PrefillAsk):  # there is no such message
+            assert stream not in made.client.last
+        else:
             assert await made.answer(stream) == expected
         await asyncio.gather(*killed)
         await made.idle()

@@ -36,6 +36,24 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class GuidedKind(StrEnum):
+    """What the text of an answer must match."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+
+
+class GuidedDecoding(msgspec.Struct, frozen=True, array_like=True):
+    """Restricts an answer's text. ``value``: a JSON schema as JSON text, a regular expression, or an
+    EBNF grammar; empty for ``JSON_OBJECT``.
+    """
+
+    kind: GuidedKind
+    value: str = ""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens. Zero is a value, never "unset".
 
@@ -48,6 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
       the model's distribution before temperature, penalties and bias.
     * ``min_tokens``: eos and stop ids cannot be sampled before that many tokens.
     * ``logit_bias``: (token id, bias) pairs added to the logits.
+    * ``guided``: what the text must match.
     """
 
     max_tokens: int
@@ -64,18 +83,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    guided: GuidedDecoding | None = None
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt and one answer; ``n`` answers are n requests. Nobody mutates it.
 
-    ``cache_salt`` separates prefix caches: requests with different salts never share blocks.
+    ``cache_salt`` separates prefix caches: requests with different salts never share blocks. ``lora``
+    names one of the worker's adapters (``EngineInfo.loras``); "" is the model itself.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     cache_salt: str = ""
+    lora: str = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -114,8 +136,9 @@ class Prefilled(msgspec.Struct, frozen=True, kw_only=True):
     With a ``finish_reason`` in ``first`` the request ended here and nothing is held. Otherwise
     ``block_ids`` of the engine's pool, in order, hold the KV of all ``num_tokens`` prompt tokens; the
     last block may be partly filled. ``queue_s`` and ``compute_s`` are seconds until the first prompt
-    token was computed, and from then until the first token was there. ``opaque`` is the state of
-    an engine that moves its own KV.
+    token was computed, and from then until the first token was there. An engine that moves its own KV
+    has no ``block_ids`` but ``opaque``, the state that decode needs, and ``hold_s``: after so long it
+    gives the KV up by itself (0: it waits for ``release``).
     """
 
     first: TokenChunk
@@ -124,6 +147,7 @@ class Prefilled(msgspec.Struct, frozen=True, kw_only=True):
     queue_s: float = 0.0
     compute_s: float = 0.0
     opaque: bytes = b""
+    hold_s: float = 0.0
 
 
 class Reservation(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,7 +155,8 @@ class Reservation(msgspec.Struct, frozen=True, kw_only=True):
 
     ``block_ids`` has one block per ``block_size`` prompt tokens, in order, the last perhaps to be
     filled partly; the first ``num_cached_blocks`` hold their KV already (the engine's own prefix
-    cache) and must not be written. With ``ended`` (abort, error) nothing is held.
+    cache) and must not be written. With ``ended`` (abort, error) nothing is held. An engine that moves
+    its own KV names no blocks; ``num_cached_blocks`` is then what it believes to have cached.
     """
 
     block_ids: tuple[int, ...] = ()
@@ -175,7 +200,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is, known once it has started.
 
     ``capabilities`` names the sampling fields it honours; the ingress refuses the others by name.
-    ``max_seq_len`` bounds prompt + output tokens of one request.
+    ``max_seq_len`` bounds prompt + output tokens of one request, ``max_prompt_len`` its prompt alone
+    (0: only ``max_seq_len`` does). ``loras`` names the adapters it holds. ``kv_wire`` is the transport
+    that an engine with KV of its own was *seen* to use; "" until it was seen.
     """
 
     engine: str
@@ -191,6 +218,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     capabilities: tuple[str, ...] = ()
     layout: KvLayout | None = None
     kv_transport: str = "none"
+    kv_wire: str = ""
+    max_prompt_len: int = 0
+    loras: tuple[str, ...] = ()
     device: str = "cpu"
     dtype: str = ""
 

@@ -15,7 +15,6 @@ _NOT_HONOURED = (
     "ENCODE_ENGINE_ARGS",
     "ETCD_ENDPOINTS",
     "MODALITY",
-    "MPI_CMD",
     "NATS_SERVER",
 )
 

@@ -70,11 +70,6 @@ class Layers:
         wrong = problem(
             value, minimum=option.minimum, maximum=option.maximum, choices=option.choices
         )
-        if option.name == "engine" and value == "trtllm":
-            wrong = (
-                "this version does not ship the adapter for the 'trtllm' engine yet; "
-                f"use one of: {', '.join(option.choices)}"
-            )
         if wrong:
             self.fail(option.name, wrong)
             return option.default

@@ -48,13 +48,20 @@ class Settings:
 
     model_path: Path
     served_model_name: str
+    lora: tuple[tuple[str, Path], ...]
     engine: str
     engine_config: Path | None
     overrides: tuple[Override, ...]
+    lint: str
     sim_cost_model: Path | None
     http_host: str
     http_port: int
     num_workers: int
+    gpus_per_node: int | None
+    mpi_launch: str
+    mpi_cmd: str | None
+    max_restarts: int
+    stall_timeout_s: float
     disaggregated: bool
     strategy: str
     num_prefill_workers: int
@@ -142,6 +149,22 @@ def _settle_engine(layers: Layers) -> None:
         except ConfigError as error:
             layers.problems.append(("overrides", str(error)))
     values["overrides"] = tuple(overrides)
+    _settle_lora(layers)
+
+
+def _settle_lora(layers: Layers) -> None:
+    adapters: dict[str, Path] = {}
+    for text in layers.values["lora"]:
+        name, equals, folder = text.partition("=")
+        path = Path(folder).expanduser()
+        if not equals or not name.strip() or not folder.strip():
+            layers.fail("lora", f"must be NAME=DIR, not {shown(text)}")
+        elif name in adapters:
+            layers.fail("lora", f"names the adapter {shown(name)} twice")
+        elif not path.is_dir():
+            layers.fail("lora", f"there is no folder {shown(path)}")
+        adapters[name] = path
+    layers.values["lora"] = tuple(adapters.items())
 
 
 def _settle_model(
@@ -194,7 +217,10 @@ def show_settings(settings: Settings) -> str:
         if option.secret and value is not None:
             text = "set (not shown)"
         elif option.multiple:
-            text = " ".join(str(one) for one in value) or "none"
+            words = (
+                "=".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in value
+            )
+            text = " ".join(words) or "none"
         elif value is None:
             text = option.default_text
         elif isinstance(value, bool):

@@ -103,7 +103,10 @@ def _flags(settings: Settings, names: Sequence[str], **instead: object) -> list[
 
 def _flag(option: Option, value: object) -> list[str]:
     assert option.flag is not None
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, tuple):  # NAME=DIR
+        text = "=".join(map(str, value))
+    else:
+        text = f"{value:g}" if isinstance(value, float) else str(value)
     if option.kind is not str or not text.startswith("-"):
         return [option.flag, text]
     return [f"{option.flag}={text}"]  # a value that begins like a flag must not be read as one

@@ -17,10 +17,13 @@ INGRESS_OPTIONS = (
 _EVERY_WORKER = (
     "model_path",
     "served_model_name",
+    "lora",
     "engine",
     "engine_config",
     "overrides",
+    "lint",
     "sim_cost_model",
+    "stall_timeout_s",
     "drain_timeout_s",
     "discovery",
     "cluster_secret",

@@ -86,6 +86,10 @@ class Engine(Protocol):
       nothing: the engine computes everything after the cached blocks itself. It raises EngineError
       when the request is not reserved (any more).
     * The stream after ``prefill`` elsewhere and ``resume`` here has the tokens that ``submit`` gives.
+    * An engine that moves its own KV (``kv_pool`` None, ``EngineInfo.kv_transport`` "engine-native") is
+      given ``opaque``, what ``Prefilled`` held. It then fetches the KV before it delivers anything. When
+      that fails, ``deliver`` gets FinishReason.ERROR with code ``transfer_failed`` as the only chunk, and
+      the request is still reserved: ``resume`` with ``first`` None may follow.
 
     Both sides:
 
@@ -113,7 +117,9 @@ class Engine(Protocol):
 
     def reserve(self, request: GenerateRequest, deliver: DeliverReservation) -> None: ...
 
-    def resume(self, request_id: str, first: TokenChunk | None, deliver: Deliver) -> None: ...
+    def resume(
+        self, request_id: str, first: TokenChunk | None, deliver: Deliver, opaque: bytes = b""
+    ) -> None: ...
 
     @property
     def kv_pool(self) -> KvPool | None: ...

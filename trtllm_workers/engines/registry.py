@@ -29,6 +29,10 @@ ENGINES: dict[str, EngineEntry] = {
         keys="trtllm_workers.engines.torch.settings:KEYS",
         build="trtllm_workers.engines.torch.engine:build",
     ),
+    "trtllm": EngineEntry(
+        keys="trtllm_workers.engines.trtllm.settings:KEYS",
+        build="trtllm_workers.engines.trtllm.engine:build",
+    ),
 }
 
 

@@ -65,7 +65,7 @@ def test_ours_and_innocent_variables_are_not(name: str) -> None:
 
 
 def test_variables_of_the_wider_family_are_said_to_have_no_effect() -> None:
-    assert suspicious_variables(OURS, {"MODALITY": "multimodal", "MPI_CMD": ""}) == [
+    assert suspicious_variables(OURS, {"MODALITY": "multimodal", "NATS_SERVER": ""}) == [
         "environment MODALITY is set, but this version does not honour it"
     ]
 

@@ -38,6 +38,8 @@ def check_request(
                 f"leave it out or serve with another engine",
                 param=name,
             )
+    if request.lora:
+        raise NotSupported("engine sim has no LoRA adapters", param="model")
     _check_sampling(sampling)
     _check_prompt(request.prompt_token_ids, info.vocab_size)
     _check_length(len(request.prompt_token_ids), sampling.max_tokens, info, chunked_prefill)

@@ -192,7 +192,9 @@ class SimEngine:
         stream.on_held = reserved
         self._add(started, stream)
 
-    def resume(self, request_id: str, first: TokenChunk | None, deliver: Deliver) -> None:
+    def resume(
+        self, request_id: str, first: TokenChunk | None, deliver: Deliver, opaque: bytes = b""
+    ) -> None:
         started = self._started
         if started is None or self._death or self._closed:
             raise EngineError(f"request {request_id}: the sim engine {self._state()}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 
-from trtllm_workers.errors import ContextTooLong, EngineError, RequestError
+from trtllm_workers.errors import ContextTooLong, EngineError, NotSupported, RequestError
 from trtllm_workers.types import EngineInfo, GenerateRequest, SamplingParams, TokenChunk
 
-CAPABILITIES = SamplingParams.__struct_fields__  # every one of them
+_NOT_HONOURED = ("guided",)
+CAPABILITIES = tuple(name for name in SamplingParams.__struct_fields__ if name not in _NOT_HONOURED)
 
 
 def check_request(request: GenerateRequest, info: EngineInfo, *, chunked_prefill: bool) -> None:
     """Raise RequestError, naming the field, for a request that cannot be honoured here."""
+    if request.lora:
+        raise NotSupported("engine torch has no LoRA adapters", param="model")
     _check_prompt(request.prompt_token_ids, info.vocab_size)
     _check_sampling(request.sampling, info.vocab_size)
     _check_length(len(request.prompt_token_ids), request.sampling.max_tokens, info, chunked_prefill)
@@ -48,6 +51,8 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
             value = getattr(sampling, name)
             raise RequestError(f"'{name}' must be {allowed}, not {value}", param=name)
 
+    if sampling.guided is not None:
+        raise NotSupported("engine torch has no guided decoding", param="guided")
     # Comparisons are written so that NaN fails them.
     require(sampling.max_tokens >= 1, "max_tokens", "1 or more")
     require(0 <= sampling.temperature < math.inf, "temperature", "0 or more")

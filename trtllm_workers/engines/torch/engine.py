@@ -106,7 +106,9 @@ class TorchEngine:
             del self._streams[request_id]
             self._runner.order(Release(stream))
 
-    def resume(self, request_id: str, first: TokenChunk | None, deliver: Deliver) -> None:
+    def resume(
+        self, request_id: str, first: TokenChunk | None, deliver: Deliver, opaque: bytes = b""
+    ) -> None:
         runner, info, loop = self._alive(request_id)
         stream = self._streams.get(request_id)
         if stream is None or stream.phase is not Phase.RESERVED:

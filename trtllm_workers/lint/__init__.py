@@ -1,0 +1,1 @@
+"""Checks engine configs of TensorRT-LLM without TensorRT-LLM: keys, types, rules, memory."""

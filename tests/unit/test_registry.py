@@ -10,7 +10,13 @@ from trtllm_workers.config.keys import Key, default_config
 from trtllm_workers.config.values import coerce, problem
 from trtllm_workers.engines import registry
 from trtllm_workers.engines.base import EngineOptions
-from trtllm_workers.engines.registry import ENGINES, EngineEntry, build_engine, engine_keys
+from trtllm_workers.engines.registry import (
+    ENGINES,
+    KEYED_ENGINES,
+    EngineEntry,
+    build_engine,
+    engine_keys,
+)
 from trtllm_workers.errors import ConfigError
 
 
@@ -25,7 +31,7 @@ def test_an_unknown_engine_is_refused_with_the_choices(name: str) -> None:
             call()
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", KEYED_ENGINES)
 def test_keys_have_defaults_that_pass_their_own_checks(name: str) -> None:
     keys = engine_keys(name)
     assert keys
@@ -42,7 +48,7 @@ def test_keys_have_defaults_that_pass_their_own_checks(name: str) -> None:
         assert wrong is None, f"{dotted} {wrong}"
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", KEYED_ENGINES)
 def test_engines_share_the_keys_every_launcher_sets(name: str) -> None:
     assert {
         "max_batch_size",
@@ -55,7 +61,7 @@ def test_engines_share_the_keys_every_launcher_sets(name: str) -> None:
     } <= engine_keys(name).keys()
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", KEYED_ENGINES)
 def test_keys_are_light_to_import(name: str) -> None:
     code = (
         "import sys; from trtllm_workers.engines.registry import engine_keys; "

@@ -28,6 +28,28 @@ from trtllm_workers.errors import ConfigError
 
 _ENVIRONMENT = "environment "
 
+# How TensorRT-LLM works, not what it answers or how much it takes: the other engines rehearse a config
+# that holds these keys as if they were not there.
+_HOW_TRTLLM_WORKS = (
+    "attention_dp_config",
+    "cache_transceiver_config",
+    "cuda_graph_config",
+    "disable_overlap_scheduler",
+    "enable_attention_dp",
+    "enable_autotuner",
+    "enable_iter_perf_stats",
+    "guided_decoding_backend",
+    "kv_cache_config.enable_partial_reuse",
+    "kv_cache_config.event_buffer_max_size",
+    "kv_cache_config.host_cache_size",
+    "moe_config",
+    "moe_expert_parallel_size",
+    "moe_tensor_parallel_size",
+    "print_iter_log",
+    "speculative_config",
+    "stream_interval",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Override:
@@ -79,7 +101,7 @@ def load_engine_config(
         check.override(override)
     check.raise_problems()
     settings = {key: Setting(spec.default, "default") for key, spec in keys.items()}
-    return EngineConfig(engine, settings | check.settings)
+    return EngineConfig(engine, settings | check.settings, tuple(check.without_effect))
 
 
 def show_config(config: EngineConfig) -> str:
@@ -101,6 +123,7 @@ class _Check:
 
     def __init__(self, engine: str, keys: Mapping[str, Key], schema: Schema) -> None:
         self.settings: dict[str, Setting] = {}
+        self.without_effect: list[str] = []
         self._engine = engine
         self._keys = keys
         self._schema = schema
@@ -115,6 +138,8 @@ class _Check:
         where = f"{override.source} {override.key}"
         if override.key in self._keys:
             self._set(override.key, override.value, where, override.source, is_text=True)
+        elif self._schema.knows(override.key) and self._is_without_effect(override.key):
+            self.without_effect.append(f"{override.key} ({override.source})")
         else:
             self._refuse(override.key, override.source)
 
@@ -132,6 +157,11 @@ class _Check:
             is_own_section = self._is_own_section(key)
             if "." in item.key:
                 self._refuse(key, where, is_flat=True)
+            elif self._schema.knows(key) and self._is_without_effect(key):
+                if key in _HOW_TRTLLM_WORKS:
+                    self.without_effect.append(f"{key} ({where})")
+                if isinstance(item.value, YamlMapping):
+                    self._section(item.value, f"{key}.", name)
             elif key in self._keys:
                 self._leaf(key, item.value, where)
             elif isinstance(item.value, YamlMapping) and (
@@ -202,6 +232,11 @@ class _Check:
                 return elsewhere[0], elsewhere[0]
         whole = nearest(key, self._all_own())
         return (whole, whole) if whole else None
+
+    def _is_without_effect(self, key: str) -> bool:
+        return key not in self._keys and any(
+            key == one or key.startswith(f"{one}.") for one in _HOW_TRTLLM_WORKS
+        )
 
     def _all_own(self) -> set[str]:
         """Return the honoured keys and the sections they stand in."""

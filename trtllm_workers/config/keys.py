@@ -34,10 +34,15 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """The settings of one engine, by dotted key; every honoured key is present."""
+    """The settings of one engine, by dotted key; every honoured key is present.
+
+    ``without_effect`` names what was given ("key (file:line)") that tells TensorRT-LLM how to work and
+    means nothing to this engine.
+    """
 
     engine: str
     settings: Mapping[str, Setting]
+    without_effect: tuple[str, ...] = ()
 
     def __getitem__(self, key: str) -> Any:
         return self.settings[key].value

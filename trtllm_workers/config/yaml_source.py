@@ -164,7 +164,9 @@ class _Reader:
     def _key(self, node: yaml.Node) -> str:
         if not isinstance(node, yaml.ScalarNode):
             raise ConfigError(f"{_at(node, self._name)}: a key must be a word")
-        if node.style is None and not isinstance(plain_scalar(node.value), str):
+        # Whole numbers are keys of mappings such as draft_len_schedule.
+        plain = plain_scalar(node.value) if node.style is None else node.value
+        if isinstance(plain, bool) or not isinstance(plain, str | int):
             raise ConfigError(f"{_at(node, self._name)}: a key must be a word, not {node.value}")
         return str(node.value)
 

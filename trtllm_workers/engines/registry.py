@@ -14,9 +14,12 @@ from trtllm_workers.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class EngineEntry:
-    """Import paths: ``keys`` is light (no torch), ``build`` may be heavy."""
+    """Import paths: ``keys`` is light (no torch), ``build`` may be heavy.
 
-    keys: str
+    ``keys`` None: the engine takes every key of TensorRT-LLM's schema, and ``lint/`` checks them.
+    """
+
+    keys: str | None
     build: str
 
 
@@ -30,10 +33,14 @@ ENGINES: dict[str, EngineEntry] = {
         build="trtllm_workers.engines.torch.engine:build",
     ),
     "trtllm": EngineEntry(
-        keys="trtllm_workers.engines.trtllm.settings:KEYS",
+        keys=None,
         build="trtllm_workers.engines.trtllm.engine:build",
     ),
 }
+
+
+# The engines that say which keys they honour.
+KEYED_ENGINES = tuple(name for name, entry in ENGINES.items() if entry.keys)
 
 
 def _entry(name: str) -> EngineEntry:
@@ -52,8 +59,10 @@ def _load(path: str) -> Any:
 
 
 def engine_keys(name: str) -> Mapping[str, Key]:
-    """Return the engine-config keys that engine honours, without importing the engine itself."""
-    return cast("Mapping[str, Key]", _load(_entry(name).keys))
+    """Return the engine-config keys that an engine of ``KEYED_ENGINES`` honours, without importing it."""
+    keys = _entry(name).keys
+    assert keys is not None, f"engine {name} takes TensorRT-LLM's own keys"
+    return cast("Mapping[str, Key]", _load(keys))
 
 
 def build_engine(name: str, options: EngineOptions) -> Engine:

@@ -99,10 +99,10 @@ kv_cache_config:
   free_gpu_memory_fracton: 0.9
   free_gpu_memory_fraction: 1.5
   tokens_per_block: "32"
-cuda_graph_config:
-  enable_padding: true
-  batch_sizes: [1, 2]
-moe_config: {}
+torch_compile_config:
+  enable_inductor: true
+  capture_num_tokens: [1, 2]
+lora_config: {}
 speculative_config:
   decoding_type: MTP
   num_nextn_predict_layer: 1
@@ -124,7 +124,7 @@ def test_problems_of_overrides_name_the_flag(golden: Golden) -> None:
             parse_override("max_batch_size=many", "--set"),
             parse_override("dtype=bfloat", "--set"),
             parse_override("kv_cache_config.tokens_per_blok=16", "--set"),
-            parse_override("cuda_graph_config.enable_padding=true", "--set"),
+            parse_override("torch_compile_config.enable_inductor=true", "--set"),
             Override("max_batch_size", "0", "environment MAX_BATCH_SIZE"),
             Override("max_batch_size", True, "--max-batch-size"),
         ),
@@ -148,9 +148,9 @@ def test_an_override_without_key_and_value_says_the_form(text: str) -> None:
         ("max_batch_size: .inf", "must be a whole number, not '.inf'"),
         ("max_batch_size: 8.0", "must be a whole number, not 8.0"),
         ("max_batch_size: true", "must be a whole number, not true"),
-        ("cuda_graph_config: null", "does not honour 'cuda_graph_config'"),
+        ("torch_compile_config: null", "does not honour 'torch_compile_config'"),
         ("cp_config: {cp_type: x}", "does not honour 'cp_config'"),
-        ("speculative_config: {medusa_choices: x}", "'speculative_config.medusa_choices'"),
+        ("lora_config: {lora_dir: x}", "'lora_config.lora_dir'"),
         ("max_batch: 1", "unknown key 'max_batch'\n  did you mean 'max_batch_size'?"),
     ],
 )
@@ -206,3 +206,19 @@ def test_flag_beats_environment_beats_yaml_beats_default_in_any_order(
         assert source.endswith("engine.yaml:1")
     else:
         assert (value, source) == (16, "default")
+
+
+def test_how_tensorrt_llm_works_means_nothing_to_other_engines(in_tmp: Path) -> None:
+    path = write(in_tmp, "cuda_graph_config: {enable_padding: true}\ndisable_overlap_scheduler: true\n")
+    override = parse_override("moe_config.backend=WIDEEP", "--set")
+    config = load_engine_config("torch", KEYS, path, [override])
+    assert config.without_effect == (
+        "cuda_graph_config (engine.yaml:1)",
+        "disable_overlap_scheduler (engine.yaml:2)",
+        "moe_config.backend (--set)",
+    )
+
+
+def test_a_typing_mistake_is_found_also_where_keys_mean_nothing(in_tmp: Path) -> None:
+    said = problems(write(in_tmp, "cuda_graph_config:\n  enable_graph_padding: true\n"))
+    assert "engine.yaml:2: unknown key 'cuda_graph_config.enable_graph_padding'" in said

@@ -9,7 +9,7 @@ from trtllm_workers.config.disaggregation import require_same_blocks
 from trtllm_workers.config.engine_config import load_engine_config, shown_value
 from trtllm_workers.config.schema import trtllm_keys
 from trtllm_workers.config.shipped import shipped_engine_config
-from trtllm_workers.engines.registry import ENGINES, engine_keys
+from trtllm_workers.engines.registry import KEYED_ENGINES, engine_keys
 
 FOLDER = Path(__file__).resolve().parents[3] / "engine_configs"
 README = FOLDER / "README.md"
@@ -18,7 +18,7 @@ TABLE = re.compile(r"(<!-- keys: .*? -->\n).*?(<!-- end of keys -->)", re.DOTALL
 
 def key_table() -> str:
     """Return the Markdown table of keys: one row per key, one column per engine with its default."""
-    keys = {engine: engine_keys(engine) for engine in sorted(ENGINES)}
+    keys = {engine: engine_keys(engine) for engine in sorted(KEYED_ENGINES)}
     lines = [
         f"| Key | {' | '.join(f'`{engine}` (default)' for engine in keys)} | Meaning |",
         "| --- |" + " --- |" * (len(keys) + 1),
@@ -49,13 +49,13 @@ def test_the_readme_names_every_file() -> None:
     assert all(f"`{path.name}`" in text for path in FOLDER.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("engine", sorted(ENGINES))
+@pytest.mark.parametrize("engine", sorted(KEYED_ENGINES))
 def test_every_key_of_an_engine_is_a_key_of_tensorrt_llm(engine: str) -> None:
     assert set(engine_keys(engine)) <= trtllm_keys()
 
 
 @pytest.mark.parametrize("name", ["agg.yaml", "prefill.yaml", "decode.yaml"])
-@pytest.mark.parametrize("engine", sorted(ENGINES))
+@pytest.mark.parametrize("engine", sorted(KEYED_ENGINES))
 def test_a_shipped_config_works_unchanged_on_every_engine(engine: str, name: str) -> None:
     path = shipped_engine_config(name)
     config = load_engine_config(engine, engine_keys(engine), path)
@@ -65,7 +65,7 @@ def test_a_shipped_config_works_unchanged_on_every_engine(engine: str, name: str
     assert config["kv_cache_config.tokens_per_block"].bit_count() == 1
 
 
-@pytest.mark.parametrize("engine", sorted(ENGINES))
+@pytest.mark.parametrize("engine", sorted(KEYED_ENGINES))
 def test_shipped_configs_of_prefill_and_decode_fit_together(engine: str) -> None:
     prefill, decode = (
         load_engine_config(engine, engine_keys(engine), shipped_engine_config(name))

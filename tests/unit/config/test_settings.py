@@ -115,7 +115,7 @@ def test_every_problem_is_named_at_once(model: Path, golden: Callable[[str, str]
         model,
         {
             "http_port": "99999",
-            "engine": "trtllm",
+            "engine": "trtlm",
             "log_level": "warn",
             "overrides": ("nothing",),
             "served_model_name": " ",

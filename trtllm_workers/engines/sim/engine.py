@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtllm_workers.blocks import root_hash
+from trtllm_workers.engines.acceptance import check_request
 from trtllm_workers.engines.base import (
     Deliver,
     DeliverPrefilled,
     DeliverReservation,
     EngineOptions,
 )
-from trtllm_workers.engines.sim.accept import CAPABILITIES, check_request
 from trtllm_workers.engines.sim.checkpoint import read_checkpoint
 from trtllm_workers.engines.sim.cost import CostModel, load_cost
 from trtllm_workers.engines.sim.handoffs import Handoffs
@@ -38,6 +38,16 @@ from trtllm_workers.types import (
     TokenChunk,
 )
 
+# top_p is accepted because every load test sends it; made-up tokens have no probabilities to cut.
+CAPABILITIES = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+)
 # A loop that stood still for longer (a laptop that slept) begins a new schedule.
 _MAX_LATENESS_S = 1.0
 

@@ -1,23 +1,11 @@
-"""Which requests the torch engine takes, and what it says to the others. Changes nothing."""
+"""What the torch engine honours of a request, and what it takes from a prefill. Changes nothing."""
 
 from __future__ import annotations
 
-import math
-
-from trtllm_workers.errors import ContextTooLong, EngineError, NotSupported, RequestError
+from trtllm_workers.errors import EngineError
 from trtllm_workers.types import EngineInfo, GenerateRequest, SamplingParams, TokenChunk
 
-_NOT_HONOURED = ("guided",)
-CAPABILITIES = tuple(name for name in SamplingParams.__struct_fields__ if name not in _NOT_HONOURED)
-
-
-def check_request(request: GenerateRequest, info: EngineInfo, *, chunked_prefill: bool) -> None:
-    """Raise RequestError, naming the field, for a request that cannot be honoured here."""
-    if request.lora:
-        raise NotSupported("engine torch has no LoRA adapters", param="model")
-    _check_prompt(request.prompt_token_ids, info.vocab_size)
-    _check_sampling(request.sampling, info.vocab_size)
-    _check_length(len(request.prompt_token_ids), request.sampling.max_tokens, info, chunked_prefill)
+CAPABILITIES = tuple(name for name in SamplingParams.__struct_fields__ if name != "guided")
 
 
 def check_first(request: GenerateRequest, first: TokenChunk, info: EngineInfo) -> None:
@@ -30,75 +18,4 @@ def check_first(request: GenerateRequest, first: TokenChunk, info: EngineInfo) -
             f"request {request.request_id}: cannot go on after tokens {list(tokens[:8])} of a prefill; "
             f"an unfinished one brings 1 to {most - 1} of them, ids 0 to {info.vocab_size - 1}; "
             "do prefill and decode serve the same model?"
-        )
-
-
-def _check_prompt(tokens: list[int], vocab_size: int) -> None:
-    if not tokens:
-        raise RequestError("the prompt holds no token", param="prompt_token_ids")
-    lowest, highest = min(tokens), max(tokens)
-    if lowest < 0 or highest >= vocab_size:
-        outside = lowest if lowest < 0 else highest
-        raise RequestError(
-            f"prompt token id {outside} is outside the vocabulary (0 to {vocab_size - 1})",
-            param="prompt_token_ids",
-        )
-
-
-def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
-    def require(good: bool, name: str, allowed: str) -> None:
-        if not good:
-            value = getattr(sampling, name)
-            raise RequestError(f"'{name}' must be {allowed}, not {value}", param=name)
-
-    if sampling.guided is not None:
-        raise NotSupported("engine torch has no guided decoding", param="guided")
-    # Comparisons are written so that NaN fails them.
-    require(sampling.max_tokens >= 1, "max_tokens", "1 or more")
-    require(0 <= sampling.temperature < math.inf, "temperature", "0 or more")
-    require(0 < sampling.top_p <= 1, "top_p", "over 0 and at most 1")
-    require(sampling.top_k >= 0, "top_k", "0 (off) or more")
-    require(0 <= sampling.min_p <= 1, "min_p", "between 0 and 1")
-    require(0 < sampling.repetition_penalty < math.inf, "repetition_penalty", "over 0")
-    require(math.isfinite(sampling.presence_penalty), "presence_penalty", "a finite number")
-    require(math.isfinite(sampling.frequency_penalty), "frequency_penalty", "a finite number")
-    bounds = f"0 to max_tokens ({sampling.max_tokens})"
-    require(0 <= sampling.min_tokens <= sampling.max_tokens, "min_tokens", bounds)
-    bounds = f"0 to the vocabulary's {vocab_size}"
-    require(0 <= (sampling.logprobs or 0) <= vocab_size, "logprobs", bounds)
-    _check_ids(sampling.stop_token_ids, "stop_token_ids", vocab_size)
-    _check_ids([token for token, _bias in sampling.logit_bias], "logit_bias", vocab_size)
-    for token, bias in sampling.logit_bias:
-        if math.isnan(bias) or bias == math.inf:
-            raise RequestError(
-                f"'logit_bias' of token {token} must be a number, not {bias}", param="logit_bias"
-            )
-
-
-def _check_ids(ids: tuple[int, ...] | list[int], name: str, vocab_size: int) -> None:
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise RequestError(
-                f"'{name}': token id {token} is outside the vocabulary (0 to {vocab_size - 1})",
-                param=name,
-            )
-
-
-def _check_length(
-    prompt_len: int, max_tokens: int, info: EngineInfo, chunked_prefill: bool
-) -> None:
-    total = prompt_len + max_tokens
-    pool_tokens = info.num_blocks * info.block_size
-    limit, name = min((info.max_seq_len, "max_seq_len"), (pool_tokens, "tokens in the KV pool"))
-    if total > limit:
-        raise ContextTooLong(
-            f"{prompt_len} prompt tokens + {max_tokens} max_tokens = {total}, "
-            f"more than this engine's {limit} ({name}); shorten the prompt or lower max_tokens",
-            param="max_tokens" if prompt_len < limit else "prompt_token_ids",
-        )
-    if not chunked_prefill and prompt_len > info.max_num_tokens:
-        raise ContextTooLong(
-            f"{prompt_len} prompt tokens do not fit one step of {info.max_num_tokens} "
-            "(max_num_tokens) and enable_chunked_prefill is off",
-            param="prompt_token_ids",
         )

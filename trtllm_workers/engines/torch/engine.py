@@ -8,20 +8,21 @@ from typing import Any
 
 import msgspec
 
+from trtllm_workers.engines.acceptance import check_request
 from trtllm_workers.engines.base import (
     Deliver,
     DeliverPrefilled,
     DeliverReservation,
     EngineOptions,
 )
-from trtllm_workers.engines.torch.accept import check_first, check_request
+from trtllm_workers.engines.torch.accept import check_first
 from trtllm_workers.engines.torch.core import Result
 from trtllm_workers.engines.torch.events import KvEventLog
 from trtllm_workers.engines.torch.orders import Abort, Add, Release, Resume
 from trtllm_workers.engines.torch.runner import Outcome, Runner, Started
 from trtllm_workers.engines.torch.sequence import Purpose
 from trtllm_workers.engines.torch.streams import HELD, Phase, Stream, reason_of
-from trtllm_workers.errors import EngineDead, EngineError, LaunchError, RequestError
+from trtllm_workers.errors import EngineDead, EngineError, LaunchError
 from trtllm_workers.observe.logs import get_logger
 from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.types import (
@@ -202,12 +203,7 @@ class TorchEngine:
         self, request: GenerateRequest, deliver: Callable[[Any], None], purpose: Purpose
     ) -> None:
         runner, info, _loop = self._alive(request.request_id)
-        check_request(request, info, chunked_prefill=self._chunked_prefill)
-        if request.request_id in self._streams:
-            raise RequestError(
-                f"request_id '{request.request_id}' is running already; ids must be unique",
-                param="request_id",
-            )
+        check_request(request, info, chunked_prefill=self._chunked_prefill, running=self._streams)
         self._num_streams += 1
         stream = Stream(request, deliver, purpose, self._num_streams)
         self._streams[request.request_id] = stream

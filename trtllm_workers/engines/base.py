@@ -25,6 +25,9 @@ Deliver = Callable[[TokenChunk], None]
 DeliverPrefilled = Callable[[Prefilled], None]
 DeliverReservation = Callable[[Reservation], None]
 
+# ``EngineInfo.kv_transport`` of an engine that moves its own KV.
+ENGINE_NATIVE = "engine-native"
+
 
 def _ignore_progress(_done: float) -> None:
     """Drop progress reports."""

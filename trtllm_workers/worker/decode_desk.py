@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import structlog
 
-from trtllm_workers.engines.base import Engine
+from trtllm_workers.engines.base import ENGINE_NATIVE, Engine
 from trtllm_workers.errors import (
     EngineError,
     HandoffExpired,
@@ -58,6 +58,7 @@ from trtllm_workers.worker.handoff_job import (
     settle,
 )
 from trtllm_workers.worker.handoff_meters import HandoffMeters
+from trtllm_workers.worker.native_fetch import fetch_natively
 from trtllm_workers.worker.pairs import READY, Pair, Pairs
 
 log = structlog.get_logger(__name__)
@@ -214,6 +215,10 @@ class DecodeDesk:
             return
         try:
             first = await self._bring(job, reservation)
+            if job.streaming:
+                if job.aborted.done():  # it came while this task waited for its turn
+                    self._engine.abort(request_id)
+                return
             if first is not None and first.finish_reason is not None:
                 ended = first
             elif job.aborted.done():
@@ -266,6 +271,8 @@ class DecodeDesk:
         prefilled = offer.prefilled
         if prefilled.first.finish_reason is not None:
             return prefilled.first
+        if self._info.kv_transport == ENGINE_NATIVE:
+            return await self._fetch_natively(job, pair, offer)
         deadline_s = job.offered_s + offer.timeout_s
         began_s = now_s()
         num_bytes = await self._read(job, pair, offer, reservation, deadline_s - began_s)
@@ -283,6 +290,22 @@ class DecodeDesk:
             pair.moved(num_bytes, seconds)
         self._time_first_token(job, offer)
         return prefilled.first
+
+    async def _fetch_natively(self, job: Job, pair: Pair, offer: Offer) -> TokenChunk:
+        """Let the engine fetch the KV itself; the stream runs afterwards."""
+
+        def begun(seconds: float) -> None:
+            pair.moved(0, seconds)
+            self._time_first_token(job, offer)
+            job.streaming = True
+
+        self._say(pair, Fetching(job.handoff_id))
+        left_s = job.offered_s + offer.timeout_s - now_s()
+        began_s = now_s()
+        await fetch_natively(self._engine, job, offer, max(left_s, 0.0), begun)
+        if pair.peer is not None:
+            self._send(pair.peer, Fetched(job.handoff_id, 0, now_s() - began_s))
+        return offer.prefilled.first
 
     def _choose(self, job: Job) -> Pair:
         if job.pair is None and not job.offer.done():

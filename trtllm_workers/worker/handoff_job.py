@@ -51,6 +51,7 @@ class Job:
 
     ``pair`` is set once a prefill worker is chosen. ``offer`` and ``released`` resolve with what that
     worker says, or with the error that makes it silent. ``probe``: no fallback, errors are raised.
+    ``streaming``: an engine that moves its own KV has begun to answer.
     """
 
     request: GenerateRequest
@@ -60,6 +61,7 @@ class Job:
     pair: Pair | None = None
     handed_over: bool = False
     probe: bool = False
+    streaming: bool = False
     asked: bool = False
     offer: asyncio.Future[Offer | LaunchError] = field(default_factory=_future)
     released: asyncio.Future[bool | LaunchError] = field(default_factory=_future)

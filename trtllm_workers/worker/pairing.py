@@ -10,7 +10,7 @@ from functools import partial
 
 import structlog
 
-from trtllm_workers.engines.base import Engine
+from trtllm_workers.engines.base import ENGINE_NATIVE, Engine
 from trtllm_workers.errors import TransportUnavailable
 from trtllm_workers.observe.status import PairStatus, StatusFile
 from trtllm_workers.planes.base import Discovery, RequestPlane
@@ -22,9 +22,6 @@ from trtllm_workers.worker.pairs import READY, Pair, Pairs
 from trtllm_workers.worker.service import WorkerService
 
 log = structlog.get_logger(__name__)
-
-# An engine that moves its own KV says so; ours give it to a transport.
-ENGINE_NATIVE = "engine-native"
 
 
 async def open_kv_transports(

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 
 import structlog
 
+from trtllm_workers.engines.base import ENGINE_NATIVE
 from trtllm_workers.errors import (
     LaunchError,
     LayoutMismatch,
@@ -73,11 +74,12 @@ class Pair:
         return self.state == READY and not self.draining and not self.gone
 
     def moved(self, num_bytes: int, seconds: float) -> None:
-        """Count one transfer."""
+        """Count one transfer; an engine that moves its own KV does not tell its size (0)."""
         self.num_handoffs += 1
         self.num_bytes += num_bytes
         self.seconds += seconds
-        self.rate.note(num_bytes, seconds)
+        if num_bytes:
+            self.rate.note(num_bytes, seconds)
 
     def stats(self) -> PairStats:
         """Return what there is to tell."""
@@ -291,7 +293,20 @@ class Pairs:
         if answer.error_code:
             raise error_for_code(answer.error_code, answer.error_message)
         check_models(self._info.model_id, answer.model_id, pair.peer_id)
-        await self._link(pair, {card.transport: card for card in answer.cards})
+        if self._transports:
+            await self._link(pair, {card.transport: card for card in answer.cards})
+        else:
+            self._pair_natively(pair)
+
+    def _pair_natively(self, pair: Pair) -> None:
+        """Note how two engines that move their own KV do it. Raises LayoutMismatch when they differ."""
+        ours, theirs = self._info.kv_wire, pair.record.engine.kv_wire
+        if ours and theirs and ours != theirs:
+            raise LayoutMismatch(
+                f"{pair.peer_id} moves KV by {theirs}, this worker by {ours}, as their logs say; give "
+                "both the same --kv-transport and the same TRTLLM_USE_*_KVCACHE variables"
+            )
+        pair.transport, pair.wire = ENGINE_NATIVE, ours or theirs
 
     async def _link(self, pair: Pair, cards: Mapping[str, TransportCard]) -> None:
         """Connect by the best transport that both have and that has a wire between them."""
@@ -346,8 +361,8 @@ class Pairs:
         log.info(
             "prefill worker ready",
             peer=pair.peer_id,
-            transport=pair.transport or "engine-native",
-            wire=pair.link.wire if pair.link is not None else "",
+            transport=pair.transport,
+            wire=pair.link.wire if pair.link is not None else pair.wire,
             gb_per_s=round(pair.rate.bytes_per_s / 1e9, 3),
         )
 

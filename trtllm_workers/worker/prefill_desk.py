@@ -141,7 +141,8 @@ class PrefillDesk:
         num_bytes = len(prefilled.block_ids) * (layout.block_bytes if layout else 0)
         address = entry.peer.address
         rate = self._rates.get((address.peer_id, address.incarnation))
-        timeout_s = handoff_timeout_s(
+        # An engine that moves its own KV has a deadline of its own, and no other one holds.
+        timeout_s = prefilled.hold_s or handoff_timeout_s(
             num_bytes,
             rate.bytes_per_s if rate is not None and rate.telling else 0.0,
             min_timeout_s=self._limits.min_timeout_s,
@@ -197,7 +198,8 @@ class PrefillDesk:
         if entry is None or not valid:
             return
         key = (peer.address.peer_id, peer.address.incarnation)
-        self._rates.setdefault(key, Rate()).note(message.num_bytes, message.seconds)
+        if message.num_bytes:
+            self._rates.setdefault(key, Rate()).note(message.num_bytes, message.seconds)
         self._end(entry, HandoffState.RELEASED, "fetched")
 
     def cancel(self, peer: Peer, message: CancelHandoff) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+import msgspec
 import structlog
 
 from trtllm_workers.engines.acceptance import check_request
@@ -20,7 +21,8 @@ from trtllm_workers.engines.trtllm.api import Api
 from trtllm_workers.engines.trtllm.chunks import ChunkMaker
 from trtllm_workers.engines.trtllm.entries import Entry, Phase
 from trtllm_workers.engines.trtllm.failures import SUSPICIOUS_FAILURES, in_words, is_fatal
-from trtllm_workers.engines.trtllm.handoff_state import decode_state, encode_state
+from trtllm_workers.engines.trtllm.handoff_state import decode_state
+from trtllm_workers.engines.trtllm.prefill_result import read_prefill
 from trtllm_workers.engines.trtllm.sampling import stop_ids, trtllm_sampling
 from trtllm_workers.errors import EngineDead, EngineError, LaunchError, RequestError, TransferFailed
 from trtllm_workers.types import (
@@ -299,58 +301,34 @@ class Streams:
             )
 
     def _end(self, entry: Entry, chunk: TokenChunk, num_output: int) -> None:
-        """Tell the last chunk; how the caller ended it counts for more than how TensorRT-LLM did."""
         self._leave(entry, chunk.cached_tokens, num_output, aborted=entry.aborted)
+        self._tell(entry, self._last(entry, chunk))
+
+    def _last(self, entry: Entry, chunk: TokenChunk) -> TokenChunk:
+        """Return the last chunk to tell; how the caller ended it counts for more than TensorRT-LLM's word."""
         if entry.aborted:
-            chunk = TokenChunk((), FinishReason.ABORT, chunk.cached_tokens)
-        elif chunk.finish_reason is FinishReason.ABORT:
-            chunk = _error(EngineError(f"request {entry.request_id}: TensorRT-LLM cancelled it"))
-        else:
-            self._num_failures = 0
-        self._tell(entry, chunk)
+            return TokenChunk((), FinishReason.ABORT, chunk.cached_tokens)
+        if chunk.finish_reason is FinishReason.ABORT:
+            return _error(EngineError(f"request {entry.request_id}: TensorRT-LLM cancelled it"))
+        self._num_failures = 0
+        return chunk
 
     async def _read_prefill(self, entry: Entry) -> None:
         result = await entry.result
-        output = result.outputs[0]
-        finished: str | None = output.finish_reason
-        sampling = entry.request.sampling
-        # A prompt that should go on ends with "length" or "not_finished": it was told to make one token.
-        goes_on = finished in ("length", "not_finished") and sampling.max_tokens > 1
-        maker = ChunkMaker(1, stop_ids(sampling, self.info), sampling.logprobs)
-        chunk = maker.take(
-            _Ended(output, "length" if goes_on else finished), result.cached_tokens or 0
+        made = read_prefill(
+            result, entry.request, self.info, self._api.version, self._transfer_timeout_s
         )
-        assert chunk is not None, "an output with a finish reason gives a chunk"
-        if entry.aborted or not goes_on or entry.deliver is None:
+        first = made.first
+        if entry.aborted or first.finish_reason is not None:
             if self._entries.get(entry.request_id) is entry:
-                self._end_prefill(entry, chunk)
+                num_output = len(first.token_ids)
+                self._leave(entry, first.cached_tokens, num_output, aborted=entry.aborted)
+                self._tell(entry, Prefilled(first=self._last(entry, first)))
             return
-        params = output.disaggregated_params or result.disaggregated_params
-        if not chunk.token_ids and params is not None and params.first_gen_tokens:
-            chunk = TokenChunk(tuple(params.first_gen_tokens), None, chunk.cached_tokens)
-        first = TokenChunk(chunk.token_ids, None, chunk.cached_tokens, logprobs=chunk.logprobs)
-        if params is None:
-            raise EngineError("TensorRT-LLM's prefill answered without disaggregated_params")
-        state = encode_state(params, self._api.version)
         entry.phase = Phase.PREFILLED
         self._num_failures = 0
-        made = Prefilled(
-            first=first,
-            num_tokens=entry.num_prompt_tokens,
-            compute_s=time.monotonic() - entry.began_s,
-            opaque=state,
-            hold_s=self._transfer_timeout_s,
-        )
-        self._tell(entry, made)
-
-    def _end_prefill(self, entry: Entry, chunk: TokenChunk) -> None:
-        """End a prompt that nobody goes on from."""
-        self._leave(entry, chunk.cached_tokens, len(chunk.token_ids), aborted=entry.aborted)
-        if entry.aborted:
-            chunk = TokenChunk((), FinishReason.ABORT, chunk.cached_tokens)
-        elif chunk.finish_reason is FinishReason.ABORT:
-            chunk = _error(EngineError(f"request {entry.request_id}: TensorRT-LLM cancelled it"))
-        self._tell(entry, Prefilled(first=chunk, num_tokens=entry.num_prompt_tokens))
+        seconds = time.monotonic() - entry.began_s
+        self._tell(entry, msgspec.structs.replace(made, compute_s=seconds))
 
     def _tell(self, entry: Entry, what: TokenChunk | Prefilled) -> None:
         """Deliver; a consumer that raises loses its own request and no other."""
@@ -440,18 +418,6 @@ class Streams:
             deliver(reservation)
         else:
             deliver(Reservation(ended=TokenChunk((), FinishReason.ABORT)))
-
-
-class _Ended:
-    """An output with another finish reason: a prefill's is not how the answer ends."""
-
-    __slots__ = ("finish_reason", "logprobs", "stop_reason", "token_ids")
-
-    def __init__(self, output: Any, finish_reason: str | None) -> None:
-        self.token_ids = output.token_ids
-        self.logprobs = output.logprobs
-        self.stop_reason = output.stop_reason
-        self.finish_reason = finish_reason or "cancelled"
 
 
 def _error(error: LaunchError) -> TokenChunk:

@@ -15,9 +15,9 @@ from trtllm_workers.engines.base import (
     DeliverReservation,
     EngineOptions,
 )
+from trtllm_workers.engines.event_log import KvEventLog
 from trtllm_workers.engines.torch.accept import check_first
 from trtllm_workers.engines.torch.core import Result
-from trtllm_workers.engines.torch.events import KvEventLog
 from trtllm_workers.engines.torch.orders import Abort, Add, Release, Resume
 from trtllm_workers.engines.torch.runner import Outcome, Runner, Started
 from trtllm_workers.engines.torch.sequence import Purpose

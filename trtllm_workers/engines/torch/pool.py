@@ -16,18 +16,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from trtllm_workers.engines.event_log import Change
 from trtllm_workers.types import KvEventKind
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A change of the prefix cache, not yet numbered; see ``types.KvEvent``."""
-
-    kind: KvEventKind
-    hashes: tuple[bytes, ...]
-    parent: bytes | None = None
 
 
 class BlockPool:

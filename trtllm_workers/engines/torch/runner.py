@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 
 from trtllm_workers.engines.base import EngineOptions
+from trtllm_workers.engines.event_log import Change
 from trtllm_workers.engines.torch.core import Core, Result
 from trtllm_workers.engines.torch.loading import load
 from trtllm_workers.engines.torch.lockstep import Leader
 from trtllm_workers.engines.torch.orders import Add, Order, carry_out
-from trtllm_workers.engines.torch.pool import Change
 from trtllm_workers.engines.torch.ranks import ALONE, join
 from trtllm_workers.engines.torch.settings import num_threads_of
 from trtllm_workers.engines.torch.streams import Stream

@@ -91,7 +91,12 @@ class TrtllmEngine:
             raise EngineDead("the engine was closed while it loaded")
         self._options.on_progress(1.0)
         info = engine_info(
-            config, own, model, self._options.model_path, num_blocks=None, kv_wire=await self._wire()
+            config,
+            own,
+            model,
+            self._options.model_path,
+            num_blocks=None,
+            kv_wire=await self._wire(),
         )
         self._books = Books(self._llm, info)
         loras = {
@@ -143,7 +148,9 @@ class TrtllmEngine:
             return ""
         found = await LogMarker(own.log, own.log_begin).wait(_MARKER_TIMEOUT_S)
         if not found:
-            log.warning("the log does not tell which transport moves KV", asked=asked, file=str(own.log))
+            log.warning(
+                "the log does not tell which transport moves KV", asked=asked, file=str(own.log)
+            )
         elif asked != "DEFAULT" and found != asked:
             raise ConfigError(
                 f"KV was to be moved by {asked}, but TensorRT-LLM's log says {found} ({own.log}); "

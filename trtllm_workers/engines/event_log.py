@@ -1,7 +1,7 @@
-"""KV events of the torch engine, on the event loop: numbers, snapshots, subscriptions.
+"""KV events of an engine, on the event loop: numbers, snapshots, subscriptions.
 
-The engine thread hands over the pool's changes after each step; this log numbers them and keeps
-which block hangs on which, so that a snapshot needs no look into the thread. Knows no request.
+An engine hands over the changes of its prefix cache after each step; this log numbers them and keeps
+which block hangs on which, so that a snapshot needs no look into the engine. Knows no request.
 """
 
 from __future__ import annotations
@@ -9,12 +9,21 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 
-from trtllm_workers.engines.torch.pool import Change
 from trtllm_workers.types import KvEvent, KvEventKind
 
 # A subscriber further behind than this is brought up to date by a new snapshot instead.
 MAX_BACKLOG_EVENTS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of the prefix cache, not yet numbered; see ``types.KvEvent``."""
+
+    kind: KvEventKind
+    hashes: tuple[bytes, ...] = ()
+    parent: bytes | None = None
 
 
 class _Subscription:
@@ -73,6 +82,14 @@ class KvEventLog:
         finally:
             self._subscriptions.discard(subscription)
 
+    def __len__(self) -> int:
+        """How many blocks are cached."""
+        return len(self._parents)
+
+    def __contains__(self, digest: bytes) -> bool:
+        """Whether a block is cached."""
+        return digest in self._parents
+
     def close(self) -> None:
         """Let subscribers read what is queued, then end."""
         self._closed = True
@@ -80,6 +97,9 @@ class KvEventLog:
             subscription.wake.set()
 
     def _remember(self, change: Change) -> None:
+        if change.kind is KvEventKind.CLEARED:
+            self._parents.clear()
+            return
         if change.kind is KvEventKind.REMOVED:
             for digest in change.hashes:
                 del self._parents[digest]

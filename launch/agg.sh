@@ -9,17 +9,7 @@
 # itself; launch/agg.sh --help lists them all. TRTLLM_LAUNCH_VENV names another environment.
 set -euo pipefail
 
-root="$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)"
+# shellcheck source-path=SCRIPTDIR source=find_command.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/find_command.sh"
 
-if [[ -n "${TRTLLM_LAUNCH_VENV:-}" ]]; then
-  cli="$TRTLLM_LAUNCH_VENV/bin/trtllm-launch"
-elif [[ -x "$root/.venv/bin/trtllm-launch" ]]; then
-  cli="$root/.venv/bin/trtllm-launch"
-else
-  cli="$(type -P trtllm-launch || true)"
-fi
-if [[ ! -x "$cli" ]]; then
-  echo "launch/agg.sh: no trtllm-launch${cli:+ at $cli}; run 'make setup' in $root first" >&2
-  exit 2
-fi
 exec "$cli" up "$@"

@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "launch"
+SHARED = "find_command.sh"
 # What each adds to the command; agg.sh is the plain one.
-WORDS = {"agg.sh": ["up"], "disagg.sh": ["up", "--disaggregated"]}
+WORDS = {
+    "agg.sh": ["up"],
+    "disagg.sh": ["up", "--disaggregated"],
+    "gpt_oss_disagg.sh": ["up", "--disaggregated"],
+}
+# Where an empty or missing MODEL_PATH is filled in.
+MODELS = {"gpt_oss_disagg.sh": "/model"}
 AWKWARD = ["a model", "it's", 'say "hi"', "a;b", "$HOME", "new\nline", "*", "-n", ""]
 FAKE = """#!/bin/bash
 printf '%s\\0' "$@" > "$CALLS"
@@ -61,11 +68,12 @@ def copied_launcher(tmp_path: Path, name: str) -> Path:
     copy = folder / name
     copy.write_text((FOLDER / name).read_text())
     copy.chmod(0o755)
+    (folder / SHARED).write_text((FOLDER / SHARED).read_text())
     return copy
 
 
 def test_every_launcher_is_tested() -> None:
-    assert {path.name for path in FOLDER.glob("*.sh")} == set(WORDS)
+    assert {path.name for path in FOLDER.glob("*.sh")} == {SHARED, *WORDS}
 
 
 def test_launcher_is_short_and_keeps_to_the_rules(name: str) -> None:
@@ -77,6 +85,11 @@ def test_launcher_is_short_and_keeps_to_the_rules(name: str) -> None:
     assert os.access(FOLDER / name, os.X_OK)
 
 
+def test_what_is_only_sourced_cannot_be_run() -> None:
+    assert len((FOLDER / SHARED).read_text().splitlines()) <= 30
+    assert not os.access(FOLDER / SHARED, os.X_OK)
+
+
 @pytest.mark.parametrize("word", AWKWARD)
 def test_launcher_passes_words_and_variables_through_unchanged(
     name: str, word: str, tmp_path: Path, calls: Path
@@ -86,7 +99,7 @@ def test_launcher_passes_words_and_variables_through_unchanged(
     done = run(launcher, "--set", word, calls=calls, TRTLLM_LAUNCH_VENV=str(venv), MODEL_PATH=word)
     assert done.returncode == 7, done.stderr
     assert words_of(calls) == [*WORDS[name], "--set", word]
-    assert words_of(Path(f"{calls}.model")) == [word]
+    assert words_of(Path(f"{calls}.model")) == [word or MODELS.get(name, "")]
 
 
 def test_launcher_takes_the_environment_beside_it(name: str, tmp_path: Path, calls: Path) -> None:

@@ -39,15 +39,19 @@ _HOW_TRTLLM_WORKS = (
     "enable_autotuner",
     "enable_iter_perf_stats",
     "guided_decoding_backend",
+    "kv_cache_config.dtype",
     "kv_cache_config.enable_partial_reuse",
     "kv_cache_config.event_buffer_max_size",
+    "kv_cache_config.free_gpu_memory_fraction",
     "kv_cache_config.host_cache_size",
     "moe_config",
     "moe_expert_parallel_size",
     "moe_tensor_parallel_size",
+    "pipeline_parallel_size",
     "print_iter_log",
     "speculative_config",
     "stream_interval",
+    "tensor_parallel_size",
 )
 
 

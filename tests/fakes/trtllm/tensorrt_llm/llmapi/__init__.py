@@ -1,0 +1,7 @@
+"""The names that programs import from ``tensorrt_llm.llmapi``."""
+
+from ..sampling_params import GuidedDecodingParams, SamplingParams
+from .disaggregated_params import DisaggregatedParams
+from .llm import LLM
+
+__all__ = ["LLM", "DisaggregatedParams", "GuidedDecodingParams", "SamplingParams"]

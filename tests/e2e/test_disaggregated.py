@@ -74,7 +74,7 @@ def test_with_two_ranks_answers_equal_an_aggregated_runs_with_two_ranks(bench: W
 
 
 def test_a_dead_rank_ends_its_worker_and_is_named(bench: Workbench) -> None:
-    run, _ = bench.up("--disaggregated", "--set", "tensor_parallel_size=2")
+    run, _ = bench.up("--disaggregated", "--set", "tensor_parallel_size=2", "--max-restarts", "0")
     ranks = [
         pid
         for pid, command in bench.survivors().items()

@@ -68,7 +68,7 @@ def test_nothing_survives_a_killed_launcher(bench: Workbench) -> None:
 
 
 def test_a_killed_worker_ends_the_run_and_is_named(bench: Workbench) -> None:
-    run, url = bench.up(*SIM)
+    run, url = bench.up(*SIM, "--max-restarts", "0")
     pid = bench.pid_of("worker-0")
     with (
         httpx.Client(base_url=url, timeout=30) as http,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import click
@@ -16,6 +17,9 @@ from trtllm_workers.cli.options import (
 from trtllm_workers.cli.part import ADVERTISE_HOST, STATUS_FILE
 from trtllm_workers.config.options import Option
 from trtllm_workers.deploy.names import WORKER_OPTIONS
+
+# Listening on these reaches everybody, but nobody can connect to them.
+_EVERY_ADDRESS = ("0.0.0.0", "::")
 
 WORKER_ID = Option(
     name="worker_id",
@@ -61,19 +65,33 @@ PORT = Option(
 )
 
 
-@click.command("worker", cls=GroupedCommand, variables=secret_variables(WORKER_OPTIONS))
+class _WorkerCommand(GroupedCommand):
+    """A command whose arguments may come in a variable, where a program would split them on its way."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        from trtllm_workers.config.env import arguments, environment
+
+        return super().parse_args(ctx, arguments(args, environment()))
+
+
+@click.command("worker", cls=_WorkerCommand, variables=secret_variables(WORKER_OPTIONS))
 @table_options(WORKER_OPTIONS)
 @own_options(WORKER_ID, ROLE, HOST, PORT, ADVERTISE_HOST, STATUS_FILE)
 def command(**values: Any) -> int:
     """Run one worker: an engine behind the request plane."""
     from trtllm_workers.cli.part import begin_logs, discovery_of, own_value, run_loop
     from trtllm_workers.cli.world import follow, rank_in_world
-    from trtllm_workers.config.env import calm_openmp, environment, mpi_rank
+    from trtllm_workers.config.env import (
+        WORLD_SIZE,
+        apply_rank_environment,
+        calm_openmp,
+        mpi_rank,
+    )
     from trtllm_workers.deploy.prepare import prepare_worker
     from trtllm_workers.observe.status import StatusFile
     from trtllm_workers.types import Role
 
-    environ = environment()
+    environ = apply_rank_environment()
     calm_openmp()
     status_file = own_value(STATUS_FILE, values["status_file"])
     if mpi_rank(environ) == 0:  # the others must not write over what it reports
@@ -85,6 +103,9 @@ def command(**values: Any) -> int:
     discovery = discovery_of(settings)
     cost = settings.sim_cost_model
     extra = {"cost_path": str(cost)} if cost else {}
+    if WORLD_SIZE in environ and mpi_rank(environ) == 0:  # a world that never forms is told as such
+        ranks = f"MPI world of {environ[WORLD_SIZE]} ranks"
+        StatusFile(status_file).report("starting", detail=ranks)
     rank = rank_in_world(engine_config)
     if rank > 0:
         begin_logs(f"{worker_id} rank {rank}", settings)
@@ -110,7 +131,8 @@ def command(**values: Any) -> int:
                 role=Role(role),
                 host=host,
                 port=port,
-                advertise_host=own_value(ADVERTISE_HOST, values["advertise_host"]),
+                advertise_host=own_value(ADVERTISE_HOST, values["advertise_host"])
+                or (socket.gethostname() if host in _EVERY_ADDRESS else None),
                 status_file=status_file,
                 drain_timeout_s=settings.drain_timeout_s,
                 kv_transport=settings.kv_transport,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from trtllm_workers.config.spelling import edit_distance
+from trtllm_workers.errors import ConfigError
 
 # Launcher variables of the wider family that this version does not act on. Whoever sets one
 # expects an effect, so it is said rather than ignored.
@@ -31,6 +33,15 @@ _WRITTEN_BY_UCXX = {
     "UCX_RNDV_THRESH": "8192",
 }
 
+# What the launcher tells a worker: where its output is kept, and, where a program that starts ranks
+# stands between them, the variables that all ranks shall have, how many ranks there are, and arguments
+# that would not survive that program.
+PROCESS_LOG = "TRTLLM_LAUNCH_LOG"
+RANK_ENV = "TRTLLM_LAUNCH_RANK_ENV"
+WORLD_SIZE = "TRTLLM_LAUNCH_WORLD_SIZE"
+ARGUMENTS = "TRTLLM_LAUNCH_ARGUMENTS"
+ARGUMENTS_FLAG = "--arguments-from-environment"
+
 # Shorter names have too many innocent neighbours two edits away.
 _LONG_NAME = 9
 
@@ -49,6 +60,31 @@ def child_environment(extra: Mapping[str, str | None] | None = None) -> dict[str
         else:
             merged[name] = value
     return merged
+
+
+def apply_rank_environment() -> dict[str, str]:
+    """Set what the launcher decided for all ranks of this worker; return the whole environment.
+
+    To be called before any library is loaded: most read their variables once.
+    """
+    try:
+        decided = json.loads(os.environ.get(RANK_ENV, "{}"))
+    except ValueError:
+        raise ConfigError(f"environment {RANK_ENV}: must be the JSON that 'up' wrote") from None
+    os.environ.update(decided)
+    return environment()
+
+
+def arguments(words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """Return a command's arguments: ``words``, or those that the launcher put into a variable."""
+    if list(words) != [ARGUMENTS_FLAG]:
+        return list(words)
+    try:
+        return [str(word) for word in json.loads(environ[ARGUMENTS])]
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"{ARGUMENTS_FLAG} needs the environment variable {ARGUMENTS}, a JSON list of arguments"
+        ) from None
 
 
 def read_text(names: Collection[str], environ: Mapping[str, str]) -> tuple[str, str] | None:
@@ -116,9 +152,17 @@ def wants_colour(environ: Mapping[str, str], is_terminal: bool) -> bool:
 
 
 def mpi_rank(environ: Mapping[str, str]) -> int:
-    """Return the rank that mpiexec gave this process; 0 for one that it did not start."""
-    rank = environ.get("PMI_RANK", "")
-    return int(rank) if rank.isdigit() else 0
+    """Return the rank that mpiexec or mpirun gave this process; 0 for one that they did not start."""
+    return _first_number(environ, ("PMI_RANK", "OMPI_COMM_WORLD_RANK"), 0)
+
+
+def mpi_size(environ: Mapping[str, str]) -> int:
+    """Return how many ranks mpiexec or mpirun started with this process; 1 without them."""
+    return _first_number(environ, ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"), 1)
+
+
+def _first_number(environ: Mapping[str, str], names: Sequence[str], default: int) -> int:
+    return next((int(environ[one]) for one in names if environ.get(one, "").isdigit()), default)
 
 
 def suspicious_variables(ours: Collection[str], environ: Mapping[str, str]) -> list[str]:

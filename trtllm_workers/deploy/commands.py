@@ -21,6 +21,8 @@ _PYTHON = ("-P", "-m", _MODULE)
 # Under mpi4py's own runner an error in one rank ends the whole world instead of leaving it waiting.
 _PYTHON_RANK = ("-P", "-m", "mpi4py", "-m", _MODULE)
 
+_EVERY_ADDRESS = "0.0.0.0"
+
 # What is said even when it is the default, so that a printed command explains itself.
 _ALWAYS = (
     "model_path",
@@ -34,17 +36,24 @@ _ALWAYS = (
 )
 
 
-def ingress_argv(settings: Settings, discovery: str) -> list[str]:
-    """Return the arguments (after the interpreter) of the ingress."""
+def ingress_argv(settings: Settings, discovery: str, advertise_host: str = "") -> list[str]:
+    """Return the arguments (after the interpreter) of the ingress.
+
+    ``advertise_host`` is the name by which workers on other hosts reach it; "": there are none.
+    """
     names = [name for name in INGRESS_OPTIONS if settings.disaggregated or name != "strategy"]
-    return [*_PYTHON, "ingress", *_flags(settings, names), "--discovery", discovery]
+    open_to = ("--plane-host", _EVERY_ADDRESS, "--advertise-host", advertise_host)
+    return [
+        *(*_PYTHON, "ingress", *_flags(settings, names), "--discovery", discovery),
+        *(open_to if advertise_host else ()),
+    ]
 
 
 def worker_argv(
     settings: Settings, crew: Crew, share: Share, worker_id: str, discovery: str
 ) -> list[str]:
     """Return the arguments (after the interpreter) of one worker of ``crew``."""
-    python = _PYTHON if crew.num_ranks == 1 else _PYTHON_RANK
+    python = _PYTHON_RANK if crew.runs_as_ranks else _PYTHON
     role = [] if crew.role is Role.AGGREGATED else ["--role", str(crew.role)]
     config = getattr(settings, ENGINE_CONFIG_OF[crew.role])
     flags = _flags(settings, worker_options(crew.role), engine_config=config)
@@ -53,6 +62,8 @@ def worker_argv(
     return [
         *(*python, "worker", "--worker-id", worker_id, *role),
         *(*flags, "--discovery", discovery),
+        # Its leader may run on another host than the ingress.
+        *(("--host", _EVERY_ADDRESS) if crew.method == "srun" else ()),
     ]
 
 
@@ -80,6 +91,8 @@ def _paragraph(process: PlannedProcess) -> str:
         lines.append(" ".join([rest[0], *pair]))
         rest = rest[1 + len(pair) :]
     env = "".join(f"{name}={shlex.quote(value)} " for name, value in process.env.items())
+    if process.unset:
+        env = f"env {' '.join(f'-u {name}' for name in sorted(process.unset))} {env}"
     return f"# {process.name}\n{env}" + " \\\n  ".join(lines)
 
 

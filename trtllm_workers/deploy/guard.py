@@ -2,7 +2,7 @@
 
 The launcher holds the other end of the guard's standard input and writes ``done`` when everything
 has ended in order. When the pipe closes without that word, the launcher was killed: the guard then
-ends whatever carries the run id (TERM, wait, KILL) and clears the run's folder.
+ends whatever carries the run id (TERM, wait, KILL) and clears the run's folder and shared memory.
 
     python -m trtllm_workers.deploy.guard RUN_ID RUN_FOLDER GRACE_S
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from trtllm_workers.deploy import proc
 from trtllm_workers.deploy.end import end_processes
 from trtllm_workers.deploy.run import RunFolder, members_of
+from trtllm_workers.deploy.shm import remove_left_overs
 
 DONE = b"done\n"
 _KILL_WAIT_S = 5.0
@@ -40,6 +41,7 @@ def watch(run_id: str, folder: RunFolder, grace_s: float) -> int:
         return list(found.values())
 
     ended = end_processes(left_behind, grace_s, _KILL_WAIT_S)
+    remove_left_overs(run_id)
     kept = folder.remove(keep_logs=True)
     where = f"; their logs are in {folder.logs}" if kept else ""
     with suppress(OSError):  # the terminal may be gone with the launcher

@@ -13,7 +13,7 @@ from trtllm_workers.deploy.report import duration
 from trtllm_workers.deploy.run import ProcessRecord, Run
 from trtllm_workers.observe.status import read_status
 
-_HEADER = ("RUN", "PROCESS", "PID", "ROLE", "STATE", "URL", "UPTIME", "RSS")
+_HEADER = ("RUN", "PROCESS", "PID", "ROLE", "STATE", "URL", "UPTIME", "RSS", "RESTARTS")
 _PAIR_HEADER = ("RUN", "DECODE", "PREFILL", "TRANSPORT", "WIRE", "GB/S", "HANDOFFS", "STATE")
 
 
@@ -32,7 +32,8 @@ class PairRow(msgspec.Struct, frozen=True, kw_only=True):
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One process of a run. ``pid`` 0: it has ended. ``uptime_s`` in seconds, ``rss_bytes`` of it alone.
 
-    ``pairs`` is empty for all but a decode worker that runs.
+    ``pairs`` is empty for all but a decode worker that runs. ``restarts`` counts how often it was started
+    again after a death.
     """
 
     run_id: str
@@ -46,6 +47,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     rss_bytes: int = 0
     log: str = ""
     pairs: tuple[PairRow, ...] = ()
+    restarts: int = 0
 
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
@@ -67,6 +69,7 @@ def as_table(rows: Sequence[Row], runs: Sequence[Run]) -> str:
             row.url or "-",
             duration(row.uptime_s) if row.pid else "-",
             f"{row.rss_bytes / 2**20:.0f} MiB" if row.pid else "-",
+            str(row.restarts),
         )
         for row in rows
     ]
@@ -107,7 +110,8 @@ def _rows(run: Run) -> list[Row]:
     by_pid = dict(run.members)
     for one in recorded:
         found = by_pid.pop(one.pid, None)
-        rows.append(_row(run, one.name, one.role, found[1] if found else None, one.log))
+        row = _row(run, one.name, one.role, found[1] if found else None, one.log)
+        rows.append(msgspec.structs.replace(row, restarts=one.restarts))
         # mpiexec's helper has the worker's name, a rank one of its own.
         names = sorted((name, pid) for pid, (name, _) in by_pid.items() if _below(name, one.name))
         for name, pid in names:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trtllm_workers.config.env import environment
 from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.deploy.commands import ingress_argv, worker_argv
+from trtllm_workers.deploy.mpi import THIS_HOST, MpiHost
 from trtllm_workers.deploy.run import RunFolder
 from trtllm_workers.deploy.shares import GPU_FRACTION, THREADS, Crew, Share, share_out
+from trtllm_workers.deploy.worlds import Start, Worlds
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.types import Role
 
 # Every process: lines appear when they are written, and a crash in native code leaves its stack.
 _PYTHON_ENV = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-
-# mpiexec would otherwise start ranks by ssh or srun when the host name or SLURM variables say so.
-_THIS_HOST = ("-launcher", "fork", "-rmk", "user", "-localhost", "127.0.0.1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,10 @@ class Inventory:
     OMP_NUM_THREADS when the environment sets it. ``mpiexec`` is the program of this environment that
     starts MPI worlds; ``mpi_lacks`` names what is missing for them. ``transports_lack`` names, by KV
     transport, the missing package that it needs.
+
+    For engine trtllm: ``mpirun`` is its MPI library's program and ``mpi_flavour`` says whose
+    ("openmpi", "mpich", "": unknown); ``in_slurm_job`` whether this is inside a SLURM allocation;
+    ``host_env`` holds the launcher's variables, of which ranks get some.
     """
 
     python: str
@@ -40,13 +46,22 @@ class Inventory:
     mpiexec: str = ""
     mpi_lacks: tuple[str, ...] = ("mpiexec",)
     transports_lack: Mapping[str, str] = field(default_factory=dict)
+    mpirun: str = ""
+    mpi_flavour: str = ""
+    in_slurm_job: bool = False
+    host_env: Mapping[str, str] = field(default_factory=environment, repr=False)
+    hostname: str = field(default_factory=socket.gethostname)
+    is_root: bool = field(default_factory=lambda: os.geteuid() == 0)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedProcess:
     """One process to start. ``env`` goes on top of the launcher's own environment.
 
-    With ``num_ranks`` above 1 the command starts an MPI world of so many processes.
+    ``unset`` names variables of the launcher that it must not see. With ``num_ranks`` above 1 the
+    command starts an MPI world of so many processes on this host; with ``term_to_leader`` only rank 0
+    is asked to end, because what started the world would end all ranks at once. ``is_world``: what it
+    writes about its end may name a rank, wherever the ranks are.
     """
 
     name: str
@@ -57,11 +72,18 @@ class PlannedProcess:
     status: Path
     env: Mapping[str, str] = field(default_factory=dict)
     num_ranks: int = 1
+    unset: frozenset[str] = frozenset()
+    term_to_leader: bool = False
+    is_world: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One run on this host. ``notes`` are for the operator's eyes."""
+    """One run on this host. ``notes`` are for the operator's eyes.
+
+    ``max_restarts``: how often a worker that dies after the run was ready is started again within
+    10 minutes.
+    """
 
     run_id: str
     folder: RunFolder
@@ -75,6 +97,7 @@ class Plan:
     start_timeout_s: float
     drain_timeout_s: float
     notes: tuple[str, ...] = ()
+    max_restarts: int = 0
 
     @property
     def workers_in_words(self) -> str:
@@ -105,24 +128,35 @@ def make_plan(
     prefix = f"{folder.run_id}-" if settings.discovery else ""
 
     def process(
-        name: str, role: str, argv: list[str], env: Mapping[str, str], num_ranks: int = 1
+        name: str, role: str, argv: list[str], env: Mapping[str, str], crew: Crew | None = None
     ) -> PlannedProcess:
         # A log folder that outlives runs gets one set of files per run.
         log_name = f"{folder.run_id}-{name}.log" if settings.log_dir else f"{name}.log"
         status = folder.status(name)
-        words = (*python_words(num_ranks, inventory), *argv, "--status-file", str(status))
+        argv = [*argv, "--status-file", str(status)]
+        env = {**_PYTHON_ENV, **env}
+        if crew is not None and crew.method:
+            started = worlds.start(crew, name, inventory.python, argv, env)
+        else:
+            started = Start((*python_words(crew.num_ranks if crew else 1, inventory), *argv), env)
         return PlannedProcess(
             name=name,
             role=role,
-            argv=words,
+            argv=started.argv,
             cwd=inventory.cwd,
             log=log_dir / log_name,
             status=status,
-            env={**_PYTHON_ENV, **env},
-            num_ranks=num_ranks,
+            env=started.env,
+            num_ranks=crew.num_ranks if crew is not None and crew.method in ("", "mpirun") else 1,
+            unset=started.unset,
+            term_to_leader=started.term_to_leader,
+            is_world=crew is not None and crew.num_ranks > 1 and crew.method != "spawn",
         )
 
     crews = _crews(settings, engine_configs or {})
+    worlds = Worlds(settings, _mpi_host(settings, inventory), folder.run_id)
+    if settings.engine == "trtllm":
+        crews = worlds.settle(crews, engine_configs or {})
     shares, notes = _shares(settings, crews, inventory)
     if len({crew.num_ranks for crew in crews}) > 1 and settings.engine == "torch":
         sizes = " and ".join(f"{crew.num_ranks} for {crew.role}" for crew in crews)
@@ -136,12 +170,13 @@ def make_plan(
             str(crew.role),
             worker_argv(settings, crew, share, f"{prefix}{name}", discovery),
             share.env,
-            crew.num_ranks,
+            crew,
         )
         for crew in crews
         for index, share in enumerate(shares[crew.role])
     ]
-    ingress = process("ingress", "ingress", ingress_argv(settings, discovery), {})
+    reached_as = inventory.hostname if any(crew.method == "srun" for crew in crews) else ""
+    ingress = process("ingress", "ingress", ingress_argv(settings, discovery, reached_as), {})
     return Plan(
         run_id=folder.run_id,
         folder=folder,
@@ -155,7 +190,19 @@ def make_plan(
         keeps_logs=settings.log_dir is not None,
         start_timeout_s=settings.start_timeout_s,
         drain_timeout_s=settings.drain_timeout_s,
-        notes=notes,
+        notes=(*notes, *worlds.notes(crews)),
+        max_restarts=settings.max_restarts,
+    )
+
+
+def _mpi_host(settings: Settings, inventory: Inventory) -> MpiHost:
+    return MpiHost(
+        gpus_per_node=settings.gpus_per_node or len(inventory.gpus),
+        mpirun=inventory.mpirun,
+        flavour=inventory.mpi_flavour,
+        in_slurm_job=inventory.in_slurm_job,
+        is_root=inventory.is_root,
+        environ=inventory.host_env,
     )
 
 
@@ -199,9 +246,12 @@ def _shares(
 ) -> tuple[dict[Role, list[Share]], tuple[str, ...]]:
     if settings.engine == "sim":  # it computes nothing
         return {crew.role: [Share()] * crew.num_workers for crew in crews}, ()
-    return share_out(
-        crews, inventory.gpus, inventory.num_cpus, threads_are_set=THREADS in inventory.preset
+    here = [crew for crew in crews if crew.method != "srun"]
+    shares, notes = share_out(
+        here, inventory.gpus, inventory.num_cpus, threads_are_set=THREADS in inventory.preset
     )
+    # What SLURM starts takes whole nodes; SLURM names their GPUs.
+    return {crew.role: shares.get(crew.role, [Share()] * crew.num_workers) for crew in crews}, notes
 
 
 def _require_transport(settings: Settings, inventory: Inventory) -> None:
@@ -226,4 +276,4 @@ def python_words(num_ranks: int, inventory: Inventory) -> tuple[str, ...]:
             f"{' and no '.join(inventory.mpi_lacks)}; run: pip install 'trtllm-launch[mpi]'",
             param="tensor_parallel_size",
         )
-    return (inventory.mpiexec, *_THIS_HOST, "-n", str(num_ranks), inventory.python)
+    return (inventory.mpiexec, *THIS_HOST, "-n", str(num_ranks), inventory.python)

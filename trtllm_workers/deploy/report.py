@@ -76,12 +76,18 @@ def death(
     lines: Sequence[str],
     log: Path | None,
     rank: int | None = None,
+    restarted: str = "",
 ) -> str:
-    """Return the report about the process, or the one rank of it, whose death ended the run."""
+    """Return the report about the process, or the one rank of it, whose death ended the run.
+
+    ``restarted`` says how often it had been started again, in words.
+    """
     who = name if rank is None else f"rank {rank} of {name}"
+    again = f"{restarted}\n" if restarted else ""
     return (
         f"{who} {exit_in_words(status)}\n"
         f"it lived {duration(after_s)} and had come to '{step}'; the run was ended with it\n"
+        f"{again}"
         f"{last_lines(name, lines, log)}"
     )
 

@@ -32,21 +32,25 @@ from trtllm_workers.errors import ConfigError
 RUN_ID = "TRTLLM_LAUNCH_RUN_ID"
 RUN_FOLDER = "TRTLLM_LAUNCH_RUN_FOLDER"
 PROCESS = "TRTLLM_LAUNCH_PROCESS"
-# mpiexec tells each rank of a world its number.
-_RANK = "PMI_RANK"
+# What tells each rank of a world its number: MPICH's mpiexec, Open MPI's mpirun.
+_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
 
 _RECORD = "run.json"
 _KEPT_LOGS = 10
 
 
 class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One process of a run; it leads its own session and process group, so pid is both ids."""
+    """One process of a run; it leads its own session and process group, so pid is both ids.
+
+    ``restarts`` counts how often it was started again after a death.
+    """
 
     name: str
     role: str
     pid: int
     start_ticks: int
     log: str = ""
+    restarts: int = 0
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -205,8 +209,9 @@ def find_runs(roots: Sequence[Path], *, elsewhere: bool = True) -> list[Run]:
         if run_id and (elsewhere or run_id in runs or _lies_under(roots, tags)):
             run = runs.setdefault(run_id, _unrecorded(run_id, tags))
             name = tags.get(PROCESS, "unnamed")
+            rank = _rank(tags)
             run.members[process.pid] = (
-                f"{name} rank {tags[_RANK]}" if _RANK in tags else name,
+                name if rank is None else f"{name} rank {rank}",
                 process,
             )
     for run in runs.values():
@@ -217,12 +222,27 @@ def find_runs(roots: Sequence[Path], *, elsewhere: bool = True) -> list[Run]:
 
 def ranks_of(run_id: str, process: str) -> dict[int, proc.Proc]:
     """Return the live ranks of one process of a run that is an MPI world, by rank."""
-    found = {}
+    found: dict[int, proc.Proc] = {}
     for one in members_of(run_id):
         tags = proc.variables(one.pid)
-        if tags.get(PROCESS) == process and tags.get(_RANK, "").isdigit():
-            found[int(tags[_RANK])] = one
+        rank = _rank(tags)
+        if tags.get(PROCESS) != process or rank is None:
+            continue
+        # A rank's own children carry its number too, and are younger.
+        if rank not in found or one.start_ticks < found[rank].start_ticks:
+            found[rank] = one
     return found
+
+
+def _rank(tags: Mapping[str, str]) -> int | None:
+    """Return a process's number in its world; None for one that is in none."""
+    numbers = [tags[name] for name in _RANKS if tags.get(name, "").isdigit()]
+    return int(numbers[0]) if numbers else None
+
+
+def of_process(run_id: str, process: str) -> list[proc.Proc]:
+    """Return the live processes of a run that one planned process started, its own included."""
+    return [one for one in members_of(run_id) if proc.variables(one.pid).get(PROCESS) == process]
 
 
 def members_of(run_id: str) -> list[proc.Proc]:

@@ -20,7 +20,9 @@ class Crew:
 
     ``told`` are the GPUs the operator named for them (``source`` says where), None: none was named.
     ``gpu_fraction`` is the share of a GPU's free memory that one engine takes by default, None: it
-    takes none, or the operator has chosen it.
+    takes none, or the operator has chosen it. ``in_words`` says where the number of ranks comes from.
+    ``exclusive``: its GPUs are no other worker's, unless the operator named them. ``method`` is what
+    starts the ranks (``mpi.Method``), "" for an engine that has one way only.
     """
 
     role: Role
@@ -29,11 +31,19 @@ class Crew:
     told: tuple[str, ...] | None = None
     source: str = ""
     gpu_fraction: float | None = None
+    in_words: str = ""
+    exclusive: bool = False
+    method: str = ""
 
     @property
     def num_devices(self) -> int:
         """How many GPUs they need for one GPU per rank."""
         return self.num_workers * self.num_ranks
+
+    @property
+    def runs_as_ranks(self) -> bool:
+        """Whether the worker's command itself is started once for each rank."""
+        return self.num_ranks > 1 and self.method in ("", "mpirun", "told")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +62,14 @@ def share_out(
 ) -> tuple[dict[Role, list[Share]], tuple[str, ...]]:
     """Return the shares of every crew's workers and notes for the operator.
 
-    Raises ConfigError when a worker of several ranks cannot have a GPU for each, or when a role
-    that was told its GPUs would meet another role on them that was told none.
+    Raises ConfigError when a worker of several ranks cannot have a GPU for each, when workers that
+    share no GPU would have to, or when a role that was told its GPUs would meet another role on them
+    that was told none.
     """
     if gpus or any(crew.told for crew in crews):
         return _share_gpus(crews, gpus)
     num_ranks = sum(crew.num_devices for crew in crews)
-    if threads_are_set or num_ranks == 1:
+    if threads_are_set or num_ranks <= 1:
         return {crew.role: [Share()] * crew.num_workers for crew in crews}, ()
     share = Share({THREADS: str(max(1, num_cpus // num_ranks))})
     return {crew.role: [share] * crew.num_workers for crew in crews}, ()
@@ -77,6 +88,8 @@ def _share_gpus(
         if crew.told is not None:
             dealt[crew.role] = _deal(crew, crew.told, f"{crew.source} names", notes)
     for crew in untold:
+        if crew.exclusive and gpus and crew.num_devices > len(free):
+            raise _too_crowded(crew, crews, free)
         own = free[: crew.num_devices]
         if len(own) < crew.num_devices:
             own = _too_few(crew, crews, own, gpus)
@@ -84,6 +97,24 @@ def _share_gpus(
         left = " left" if len(own) < len(gpus) else ""
         dealt[crew.role] = _deal(crew, own, f"this host has{left}", notes)
     return _with_memory(crews, dealt, notes), tuple(notes)
+
+
+def _too_crowded(crew: Crew, crews: Sequence[Crew], free: Sequence[str]) -> ConfigError:
+    role = str(crew.role)
+    others = [_count(other) for other in crews if other is not crew]
+    beside = f" beside {' and '.join(others)}" if others else ""
+    each = f" of {crew.in_words}" if crew.num_ranks > 1 else ""
+    verb = "needs" if crew.num_workers == 1 else "need"
+    needed = f"{crew.num_devices} GPU{'s' if crew.num_devices > 1 else ''}"
+    left = f"{_listed(free)} {'is' if len(free) == 1 else 'are'}" if free else "none is"
+    remedy = (
+        "" if crew.role is Role.AGGREGATED else f"; to share one, name it: {role.upper()}_{CUDA}"
+    )
+    return ConfigError(
+        f"{_count(crew)}{each} {verb} {needed}{beside}, and {left} left on this host; "
+        f"TensorRT-LLM takes a GPU for itself{remedy}",
+        param="tensor_parallel_size" if crew.num_ranks > 1 else "num_workers",
+    )
 
 
 def _too_few(crew: Crew, crews: Sequence[Crew], own: list[str], gpus: Sequence[str]) -> list[str]:
@@ -113,7 +144,7 @@ def _deal(
     if len(devices) < each:
         kind = "" if crew.role is Role.AGGREGATED else f"{crew.role} "
         raise ConfigError(
-            f"tensor_parallel_size {each} needs {each} GPUs for each {kind}worker, "
+            f"{crew.in_words or f'tensor_parallel_size {each}'} needs {each} GPUs for each {kind}worker, "
             f"but {source} only {_listed(devices)}",
             param="tensor_parallel_size",
         )

@@ -12,6 +12,7 @@ from trtllm_workers.config.spelling import nearest
 from trtllm_workers.deploy import proc
 from trtllm_workers.deploy.end import end_processes
 from trtllm_workers.deploy.run import Run, find_runs
+from trtllm_workers.deploy.shm import remove_left_overs
 from trtllm_workers.errors import ConfigError
 
 # The launcher drains, then kills, then clears up; it gets that long beyond its drain timeout.
@@ -75,8 +76,10 @@ def stop_run(run: Run, roots: Sequence[Path], *, hurry: bool = False) -> Stopped
         grace_s = 0.0 if hurry else _ORPHAN_GRACE_S
         done = end_processes(lambda: _still_there(run, roots, names), grace_s, _KILL_WAIT_S)
         killed, left = done.on_kill, done.left
-    if run.folder is not None and not left:
-        run.folder.remove()
+    if not left:
+        remove_left_overs(run.run_id)
+        if run.folder is not None:
+            run.folder.remove()
     gone_badly = {process.pid for process in (*killed, *left)}
     return Stopped(
         run_id=run.run_id,

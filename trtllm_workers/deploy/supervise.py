@@ -1,4 +1,4 @@
-"""Starts a plan's processes, notices the first death, ends all of them. Knows no readiness.
+"""Starts a plan's processes, notices each death, clears up after it, ends all. Knows no readiness.
 
 Each process leads a session of its own, so Ctrl-C in the terminal reaches the launcher alone and
 one signal to the group reaches everything the process started.
@@ -16,13 +16,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from trtllm_workers.config.env import PROCESS_LOG
 from trtllm_workers.deploy import proc
 from trtllm_workers.deploy.end import end_processes
 from trtllm_workers.deploy.output import LogFile, Output, Terminal
 from trtllm_workers.deploy.parent import PARENT_PID
 from trtllm_workers.deploy.plan import Plan, PlannedProcess
-from trtllm_workers.deploy.run import PROCESS, RUN_FOLDER, RUN_ID, ProcessRecord, members_of
-from trtllm_workers.deploy.world import WorldWatch
+from trtllm_workers.deploy.run import (
+    PROCESS,
+    RUN_FOLDER,
+    RUN_ID,
+    ProcessRecord,
+    members_of,
+    of_process,
+    ranks_of,
+)
+from trtllm_workers.deploy.shm import remove_left_overs
+from trtllm_workers.deploy.world import WorldWatch, culprit, exit_status, without_chatter
 from trtllm_workers.errors import StartError
 
 _CHUNK_BYTES = 64 * 1024
@@ -38,7 +48,8 @@ _LAST_STAGE_S = 5.0
 class Child:
     """One started process. ``status`` is set once it has ended: exit code, or minus the signal.
 
-    ``world`` watches the ranks of a process that is an MPI world.
+    ``world`` watches the ranks of a process that is an MPI world, in the task ``watch``. ``restarts``
+    counts the processes of this name that died before.
     """
 
     plan: PlannedProcess
@@ -51,11 +62,23 @@ class Child:
     status: int | None = None
     ended_s: float = 0.0
     world: WorldWatch | None = None
+    watch: asyncio.Task[None] | None = None
+    restarts: int = 0
 
     @property
     def name(self) -> str:
         """The name the plan gave it."""
         return self.plan.name
+
+    def ending(self) -> Ending:
+        """Return how it ended; of a world, what is known of the rank that ended it."""
+        assert self.status is not None
+        lines = self.output.tail()
+        lived_s = self.ended_s - self.started_s
+        if self.world is None and not self.plan.is_world:
+            return Ending(self.status, lines, None, lived_s)
+        rank = culprit(lines, self.world.first_ended if self.world else None)
+        return Ending(exit_status(self.status, lines), without_chatter(lines), rank, lived_s)
 
     def record(self) -> ProcessRecord:
         """Return it as run.json holds it."""
@@ -65,17 +88,29 @@ class Child:
             pid=self.popen.pid,
             start_ticks=self.start_ticks,
             log=str(self.plan.log),
+            restarts=self.restarts,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a child, or its ``rank``, ended: exit code or minus the signal, its last lines, its age."""
+
+    status: int
+    lines: list[str]
+    rank: int | None
+    lived_s: float
 
 
 class Supervisor:
     """Owns the processes of one run on this host.
 
     * After ``start`` all of them run, or StartError names the one that could not be started.
-    * ``first_death`` becomes the first child that ended, unless ``end`` was called before.
-    * A child's pid is not given back to the system before ``end`` has finished, so signals to its
-      group cannot reach a stranger.
-    * ``end`` leaves nothing of the run behind; safe after a failed ``start``, safe twice.
+    * ``deaths`` gets each child that ended, in order, unless ``end`` was called before.
+    * A child's pid is not given back to the system before ``bury`` or ``end`` has ended its whole
+      group, so signals to the group cannot reach a stranger.
+    * ``end`` leaves nothing of the run behind; safe after a failed ``start``, safe twice, and safe
+      while a ``bury`` is under way.
     """
 
     def __init__(self, plan: Plan, environ: Mapping[str, str], terminal: Terminal) -> None:
@@ -84,20 +119,41 @@ class Supervisor:
         self._terminal = terminal
         self._told_about_logs = False
         self._ending = False
-        self._watches: list[asyncio.Task[None]] = []
+        self._handles: list[int] = []
         self.children: list[Child] = []
-        self.first_death: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
+        self.deaths: asyncio.Queue[Child] = asyncio.Queue()
 
     def start(self) -> None:
         """Start every process of the plan, in its order."""
         for process in self._plan.processes:
-            try:
-                self.children.append(self._spawn(process))
-            except OSError as wrong:
-                raise StartError(
-                    f"{process.name} could not be started: {wrong.strerror or wrong} "
-                    f"({wrong.filename or process.argv[0]})"
-                ) from wrong
+            self._start(process, restarts=0)
+
+    def start_again(self, dead: Child) -> Child:
+        """Start a buried child's process anew; its log goes on. Raises StartError."""
+        return self._start(dead.plan, restarts=dead.restarts + 1)
+
+    async def bury(self, dead: Child) -> list[proc.Proc]:
+        """End what a dead child left of its group and world: TERM, wait, KILL; give its pid back.
+
+        Returns what could not be ended; the child then stays until ``end`` tries again.
+        """
+        await _cancelled(dead)
+        left = await asyncio.to_thread(
+            end_processes,
+            lambda: self._left_of(dead),
+            _LEFT_BEHIND_GRACE_S,
+            _KILL_WAIT_S,
+        )
+        if left.left:
+            return list(left.left)
+        remove_left_overs(self._plan.run_id, dead.name)
+        self.children.remove(dead)
+        self._let_go(dead)
+        return []
+
+    def kill(self, child: Child) -> None:
+        """End a child's group without asking; its death is reported as any other."""
+        _signal_groups([child], signal.SIGKILL)
 
     def child(self, name: str) -> Child:
         """Return the child of that name. Raises KeyError."""
@@ -121,14 +177,13 @@ class Supervisor:
         wait to two seconds. Returns the names of those that needed KILL.
         """
         self._ending = True
-        for watch in self._watches:
-            watch.cancel()
-        await asyncio.gather(*self._watches, return_exceptions=True)
+        for child in self.children:
+            await _cancelled(child)
         clock = asyncio.get_running_loop().time
         deadline = clock() + grace_s
         fronts = [child for child in self.children if child.plan.role == "ingress"]
         for stage, least_s in ((fronts, 0.0), (self.children, _LAST_STAGE_S)):
-            _signal_groups(stage, signal.SIGTERM)
+            await self._ask_to_end(stage)
             # A stopped process (Ctrl-Z, a debugger) would not see TERM before it goes on.
             _signal_groups(stage, signal.SIGCONT)
             await self._exited(stage, max(least_s, deadline - clock()), hurry)
@@ -146,14 +201,62 @@ class Supervisor:
         await self._exited(self.children, _KILL_WAIT_S, asyncio.Event())
         for child in self.children:
             self._let_go(child)
+        for handle in self._handles:
+            asyncio.get_running_loop().remove_reader(handle)
+            os.close(handle)
+        self._handles.clear()
+        remove_left_overs(self._plan.run_id)
         return stubborn
 
-    def _spawn(self, planned: PlannedProcess) -> Child:
+    async def _ask_to_end(self, stage: Sequence[Child]) -> None:
+        """Send TERM to each group; a world whose mpirun would not let it drain: to its leader alone."""
+        for child in stage:
+            leader = None
+            if child.plan.term_to_leader and child.status is None:
+                found = await asyncio.to_thread(ranks_of, self._plan.run_id, child.name)
+                leader = found.get(0)
+            if leader is None or not self._lead_to_end(child, leader):
+                _signal_groups([child], signal.SIGTERM)
+
+    def _lead_to_end(self, child: Child, leader: proc.Proc) -> bool:
+        """Ask a leader to end, and some time after it its world; False when it is gone already."""
+        loop = asyncio.get_running_loop()
+        try:
+            handle = os.pidfd_open(leader.pid)
+        except OSError:
+            return False
+
+        def rest() -> None:
+            if child.pidfd >= 0:
+                _signal_groups([child], signal.SIGTERM)
+
+        def ended() -> None:
+            loop.remove_reader(handle)
+            # The other ranks follow by themselves when the engine is closed; else mpirun ends them.
+            loop.call_later(_LEFT_BEHIND_GRACE_S, rest)
+
+        loop.add_reader(handle, ended)
+        self._handles.append(handle)
+        return proc.send(leader, signal.SIGTERM)
+
+    def _start(self, planned: PlannedProcess, *, restarts: int) -> Child:
+        try:
+            child = self._spawn(planned, restarts)
+        except OSError as wrong:
+            raise StartError(
+                f"{planned.name} could not be started: {wrong.strerror or wrong} "
+                f"({wrong.filename or planned.argv[0]})"
+            ) from wrong
+        self.children.append(child)
+        return child
+
+    def _spawn(self, planned: PlannedProcess, restarts: int) -> Child:
         log = LogFile(planned.log, self._on_log_trouble)
         output = Output(planned.name, log, self._terminal)
+        kept = {name: one for name, one in self._environ.items() if name not in planned.unset}
         popen = subprocess.Popen(
             planned.argv,
-            env={**self._environ, **planned.env, **self._tags(planned)},
+            env={**kept, **planned.env, **self._tags(planned)},
             cwd=planned.cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -168,6 +271,7 @@ class Supervisor:
             pidfd=os.pidfd_open(popen.pid),
             start_ticks=found.start_ticks if found else 0,
             started_s=time.monotonic(),
+            restarts=restarts,
         )
         loop = asyncio.get_running_loop()
         assert popen.stdout is not None
@@ -176,7 +280,7 @@ class Supervisor:
         loop.add_reader(child.pidfd, self._on_exit, child)
         if planned.num_ranks > 1:
             child.world = WorldWatch(self._plan.run_id, planned.name, planned.num_ranks)
-            self._watches.append(loop.create_task(child.world.watch()))
+            child.watch = loop.create_task(child.world.watch())
         return child
 
     def _tags(self, planned: PlannedProcess) -> dict[str, str]:
@@ -185,6 +289,7 @@ class Supervisor:
             RUN_FOLDER: str(self._plan.folder.path),
             PROCESS: planned.name,
             PARENT_PID: str(os.getpid()),
+            PROCESS_LOG: str(planned.log),
         }
 
     def _on_output(self, child: Child) -> None:
@@ -209,8 +314,8 @@ class Supervisor:
         child.ended_s = time.monotonic()
         self._on_output(child)  # its last words are in the pipe by now
         child.exited.set()
-        if not self._ending and not self.first_death.done():
-            self.first_death.set_result(child)
+        if not self._ending:
+            self.deaths.put_nowait(child)
 
     async def _exited(
         self, children: Sequence[Child], timeout_s: float, hurry: asyncio.Event
@@ -235,6 +340,12 @@ class Supervisor:
         found |= {one.pid: one for one in proc.everyone() if one.session in sessions}
         return list(found.values())
 
+    def _left_of(self, dead: Child) -> list[proc.Proc]:
+        """Return what still lives of a dead child: its session, and by tag what has left that."""
+        found = {one.pid: one for one in of_process(self._plan.run_id, dead.name)}
+        found |= {one.pid: one for one in proc.everyone() if one.session == dead.popen.pid}
+        return list(found.values())
+
     def _let_go(self, child: Child) -> None:
         loop = asyncio.get_running_loop()
         stdout = child.popen.stdout
@@ -255,6 +366,14 @@ class Supervisor:
         if not self._told_about_logs:
             self._told_about_logs = True
             self._terminal.say(f"note: {text}; serving goes on, lines still appear here")
+
+
+async def _cancelled(child: Child) -> None:
+    """End the watching of a child's ranks."""
+    if child.watch is not None:
+        child.watch.cancel()
+        await asyncio.gather(child.watch, return_exceptions=True)
+        child.watch = None
 
 
 def _signal_groups(children: Sequence[Child], number: signal.Signals) -> None:

@@ -11,17 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from trtllm_workers.deploy import guard, proc, report, world
+from trtllm_workers.deploy import guard, proc, report
 from trtllm_workers.deploy.output import Terminal
 from trtllm_workers.deploy.plan import Plan
 from trtllm_workers.deploy.ready import PROBE, Ladder, climb, probe, reachable
+from trtllm_workers.deploy.revive import Reviver
 from trtllm_workers.deploy.run import ProcessRecord, RunRecord, create_run
 from trtllm_workers.deploy.supervise import Child, Supervisor
 from trtllm_workers.errors import EXIT_INTERRUPTED, ConfigError, EngineDead, LaunchError, StartError
@@ -50,18 +51,24 @@ class _Asked:
             self.stop.set_result(number)
 
 
-async def run_plan(plan: Plan, environ: Mapping[str, str], terminal: Terminal) -> int:
+async def run_plan(
+    plan: Plan,
+    environ: Mapping[str, str],
+    terminal: Terminal,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> int:
     """Run a plan until it is told to stop; return the exit code (0, or 130 after Ctrl-C).
 
     Raises ConfigError (folders cannot be made), StartError (a part did not become ready) or
-    EngineDead (a part died later) with the full report as message. Nothing of the run is left
-    behind in any case, except logs that were asked for or that explain a failure.
+    EngineDead (a part died later, once too often) with the full report as message. Nothing of the
+    run is left behind in any case, except logs that were asked for or that explain a death.
+    ``pause`` waits some seconds before a worker is started again.
     """
     create_run(plan.folder)
     try:
         _make_log_dir(plan)
         with _Guard(plan), _Signals() as asked:
-            return await _Story(plan, environ, terminal, asked).tell()
+            return await _Story(plan, environ, terminal, asked, pause).tell()
     finally:
         # Kept logs were decided on by the story; whatever is left besides them goes.
         plan.folder.remove(keep_logs=True)
@@ -69,13 +76,19 @@ async def run_plan(plan: Plan, environ: Mapping[str, str], terminal: Terminal) -
 
 class _Story:
     def __init__(
-        self, plan: Plan, environ: Mapping[str, str], terminal: Terminal, asked: _Asked
+        self,
+        plan: Plan,
+        environ: Mapping[str, str],
+        terminal: Terminal,
+        asked: _Asked,
+        pause: Callable[[float], Awaitable[None]],
     ) -> None:
         self._plan = plan
         self._terminal = terminal
         self._asked = asked
         self._began_s = time.monotonic()
         self._supervisor = Supervisor(plan, environ, terminal)
+        self._reviver = Reviver(plan, self._supervisor, terminal, self._note_processes, pause)
         self._ladder = Ladder(
             {one.name: one.role for one in plan.processes}, asyncio.get_running_loop().time()
         )
@@ -100,9 +113,9 @@ class _Story:
         try:
             self._note()
             self._supervisor.start()
-            self._note(processes=tuple(child.record() for child in self._supervisor.children))
+            self._note_processes()
             await self._become_ready()
-            await self._either()
+            await self._reviver.serve(self._asked.stop, self._death)
             failed = False
         finally:
             await self._end(failed)
@@ -137,22 +150,24 @@ class _Story:
             )
         )
 
-    async def _either(
-        self, work: asyncio.Future[None] | None = None, timeout_s: float | None = None
-    ) -> None:
+    async def _either(self, work: asyncio.Future[None], timeout_s: float) -> None:
         """Wait for ``work``, a death (raises), the operator, or the time limit (raises)."""
-        stop, death = self._asked.stop, self._supervisor.first_death
+        stop = self._asked.stop
         if stop.done():
             return
-        waited: set[asyncio.Future[Any]] = {stop, death}
-        if work is not None:
-            waited.add(work)
-        done, _ = await asyncio.wait(waited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if death.done():
+        death = asyncio.ensure_future(self._supervisor.deaths.get())
+        waited: set[asyncio.Future[Any]] = {stop, death, work}
+        try:
+            done, _ = await asyncio.wait(
+                waited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            death.cancel()
+        if death.done() and not death.cancelled():
             raise self._death(death.result())
-        if not done and timeout_s is not None:
+        if not done:
             raise self._stuck(timeout_s)
-        if work is not None and work.done():
+        if work.done():
             work.result()
 
     async def _end(self, failed: bool) -> None:
@@ -165,9 +180,18 @@ class _Story:
         if killed and not asked.hurry.is_set():
             names = " and ".join(killed)
             self._terminal.say(f"{names} did not end in time and had to be killed")
-        kept = plan.folder.remove(keep_logs=failed and not plan.keeps_logs)
+        explain = failed or self._reviver.any_restarted
+        kept = plan.folder.remove(keep_logs=explain and not plan.keeps_logs)
         if plan.keeps_logs or kept:
             self._terminal.say(f"logs are in {plan.log_dir}")
+
+    def _note_processes(self) -> None:
+        records = {child.name: child.record() for child in self._supervisor.children}
+        # One that waits to be started again stays on the list, as dead.
+        known = {one.name: one for one in self._record.processes}
+        names = [one.name for one in self._plan.processes]
+        both = known | records
+        self._note(processes=tuple(both[name] for name in names if name in both))
 
     def _note(self, **changes: object) -> None:
         self._record = msgspec.structs.replace(self._record, **changes)
@@ -189,21 +213,18 @@ class _Story:
         self._trouble = trouble
 
     def _death(self, child: Child) -> Exception:
-        assert child.status is not None
         now_s = asyncio.get_running_loop().time()
         self._ladder.observe(child.name, read_status(child.plan.status), now_s)
-        status, lines, rank = child.status, child.output.tail(), None
-        if child.world is not None:
-            rank = world.culprit(lines, child.world.first_ended)
-            status, lines = world.exit_status(status, lines), world.without_chatter(lines)
+        ending = child.ending()
         text = report.death(
             child.name,
-            status,
-            after_s=child.ended_s - child.started_s,
-            step="ready" if self._ready else self._ladder.step(child.name),
-            lines=lines,
+            ending.status,
+            after_s=ending.lived_s,
+            step=self._reviver.step(child.plan) if self._ready else self._ladder.step(child.name),
+            restarted=self._reviver.restarted_in_words(child.name),
+            lines=ending.lines,
             log=child.plan.log,
-            rank=rank,
+            rank=ending.rank,
         )
         return EngineDead(text) if self._ready else StartError(text)
 

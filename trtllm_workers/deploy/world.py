@@ -1,7 +1,8 @@
-"""A worker of several ranks is one MPI world: which rank ended first, and what mpiexec says of it.
+"""A worker of several ranks is one MPI world: which rank ended first, and what its starter says of it.
 
-mpiexec ends the whole world with the first rank and returns its exit code, but names no rank, or a
-wrong one, when a rank was killed. So the ranks are found by run id and watched here as well.
+MPICH's mpiexec ends the whole world with the first rank and returns its exit code, but names no rank,
+or a wrong one, when a rank was killed. So the ranks are found by run id and watched here as well. Open
+MPI's mpirun and SLURM's srun do name it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,31 @@ from trtllm_workers.deploy.run import ranks_of
 
 # Ranks appear within a moment of their mpiexec; then the looking ends.
 _LOOK_INTERVAL_S = 0.05
-_ABORT = re.compile(r"^Abort\(\d+\) on node \d+ \(rank (\d+) in comm")
-_SIGNAL = re.compile(r"APPLICATION TERMINATED WITH THE EXIT STRING: .*\(signal (\d+)\)")
-# mpiexec's own words about the end, which say less than the report they would fill.
+# Which rank gave up, in the words of MPICH, Open MPI and SLURM; one that said so itself comes first.
+_ABORTS = (
+    re.compile(r"^Abort\(\d+\) on node \d+ \(rank (\d+) in comm"),
+    re.compile(r"^MPI_ABORT was invoked on rank (\d+) in communicator"),
+    re.compile(r"noticed that process rank (\d+) with PID"),
+    re.compile(r"^ +Process name: \[.*,(\d+)\]$"),
+    re.compile(r"^srun: error: .*: task (\d+): "),
+)
+_SIGNALS = (
+    re.compile(r"APPLICATION TERMINATED WITH THE EXIT STRING: .*\(signal (\d+)\)"),
+    re.compile(r"^(?:.* )?exited on +signal (\d+) \("),
+    re.compile(r"^signal (\d+) \(.*\)\.$"),
+)
+# srun names a signal without its number.
+_SRUN_SIGNAL = re.compile(r"^srun: error: .*: task \d+: (Killed|Segmentation fault|Aborted)\b")
+_NUMBERS = {"Killed": 9, "Segmentation fault": 11, "Aborted": 6}
+# The starters' own words about the end, which say less than the report they would fill.
 _CHATTER = re.compile(
     r"^=|^Abort\(\d+\) on node|^YOUR APPLICATION TERMINATED|^This typically refers to a problem"
     r"|^Please see the FAQ page"
+    r"|^-{20,}$|^MPI_ABORT was invoked|^  Proc: \[\[|^ +Errorcode: |^NOTE: invoking MPI_ABORT"
+    r"|^You may or may not see output|^exactly when Open MPI kills|^(prterun|mpirun) (noticed|detected|has)"
+    r"|^signal \d+ \(.*\)\.$|^thus causing the job|^ +Process name: \[|^ +Exit code: +\d+$"
+    r"|^\"abort\"\. This may have|^terminated by signals sent by|^Primary job +terminated normally"
+    r"|^a non-zero exit code|^srun: (error|Terminating|launch/slurm)"
 )
 
 
@@ -71,17 +91,21 @@ class WorldWatch:
 
 def culprit(lines: Sequence[str], first_ended: int | None) -> int | None:
     """Return the rank that ended a world: the one that said so, else the first that was gone."""
-    for line in lines:
-        if found := _ABORT.search(line):
-            return int(found[1])
+    for pattern in _ABORTS:
+        for line in lines:
+            if found := pattern.search(line):
+                return int(found[1])
     return first_ended
 
 
 def exit_status(status: int, lines: Sequence[str]) -> int:
-    """Return how the rank ended: mpiexec's exit code, or minus the signal that it tells of."""
+    """Return how the rank ended: the starter's exit code, or minus the signal that it tells of."""
     for line in lines:
-        if found := _SIGNAL.search(line):
-            return -int(found[1])
+        for pattern in _SIGNALS:
+            if found := pattern.search(line):
+                return -int(found[1])
+        if found := _SRUN_SIGNAL.search(line):
+            return -_NUMBERS[found[1]]
     return status
 
 

@@ -35,6 +35,7 @@ def plan_of(spec: dict[str, object]) -> Plan:
                 log=Path(str(spec.get("log", log_dir / f"{name}.log"))),
                 status=folder.status(name),
                 num_ranks=num_ranks.get(name, 1),
+                term_to_leader=name in spec.get("term_to_leader", ()),  # type: ignore[operator]
             )
             for name, argv in processes.items()
         ),
@@ -46,7 +47,16 @@ def plan_of(spec: dict[str, object]) -> Plan:
         keeps_logs=bool(spec.get("log_dir")),
         start_timeout_s=float(str(spec.get("start_timeout_s", 20.0))),
         drain_timeout_s=float(str(spec.get("drain_timeout_s", 5.0))),
+        max_restarts=int(str(spec.get("max_restarts", 0))),
     )
+
+
+async def no_pause(_seconds: float) -> None:
+    """Start again at once."""
+
+
+async def endless_pause(_seconds: float) -> None:
+    await asyncio.Event().wait()
 
 
 def main() -> int:
@@ -56,7 +66,8 @@ def main() -> int:
         plan = plan_of(spec)
         if spec.get("hasty"):  # shorter graces for tests that use them up
             supervise._LAST_STAGE_S = up._CLOSE_GRACE_S = 0.3
-        return asyncio.run(up.run_plan(plan, dict(os.environ), terminal))
+        pause = endless_pause if spec.get("endless_pause") else no_pause
+        return asyncio.run(up.run_plan(plan, dict(os.environ), terminal, pause))
     except LaunchError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -14,11 +14,21 @@ import time
 
 ROLE, STATUS_FILE, *BEHAVIOUR = sys.argv[1:]
 # Under mpiexec only rank 0 reports, and a behaviour may be meant for one rank: "rank1:exit:2".
-RANK = os.environ.get("PMI_RANK", "0")
+WORLD_RANK = os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK"))
+RANK = WORLD_RANK or "0"
 BEHAVIOUR = [
     word.removeprefix(f"rank{RANK}:")
     for word in BEHAVIOUR
     if not word.startswith("rank") or word.startswith(f"rank{RANK}:")
+]
+# A behaviour may be meant for one life of a part that is started again: "life1:exit:2" is the second.
+with open(f"{STATUS_FILE}.{ROLE}-{RANK}.lives", "a+") as lives:
+    lives.write(".")
+    LIFE = lives.tell() - 1
+BEHAVIOUR = [
+    word.removeprefix(f"life{LIFE}:")
+    for word in BEHAVIOUR
+    if not word.startswith("life") or word.startswith(f"life{LIFE}:")
 ]
 
 
@@ -79,7 +89,9 @@ def main() -> None:
             sys.exit(int(word.removeprefix("exit:")))
         elif word in ("grandchild", "daemon"):
             grandchild(own_session=word == "daemon")
-    say(f"pid {os.getpid()}" if "PMI_RANK" not in os.environ else f"rank {RANK} pid {os.getpid()}")
+    again = f"life {LIFE} " if LIFE else ""
+    who = again if WORLD_RANK is None else f"{again}rank {RANK} "
+    say(f"{who}pid {os.getpid()}")
     if ROLE == "ingress":
         threading.Thread(target=serve, daemon=True).start()
     else:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from trtllm_workers.errors import LaunchError
 from trtllm_workers.ingress.choice import Choice
-from trtllm_workers.ingress.fleet import Worker
 from trtllm_workers.ingress.responses import Usage
+from trtllm_workers.ingress.served import Worker
 from trtllm_workers.ingress.streams import Streams
 
 Move = Callable[[Choice, Worker | None, LaunchError], bool]
@@ -18,13 +18,21 @@ class Answer:
     """Owner of the choices of one request.
 
     ``move(choice, worker, error)`` is asked whether a choice that ``worker`` failed can go on
-    elsewhere. ``wake`` is called when nothing more will come: all choices ended, or ``failure``.
+    elsewhere. ``client_field`` tells what the client calls a field that a worker found fault with.
+    ``wake`` is called when nothing more will come: all choices ended, or ``failure``.
     """
 
-    def __init__(self, streams: Streams, wake: Callable[[], None], move: Move) -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        wake: Callable[[], None],
+        move: Move,
+        client_field: Callable[[str], str] = str,
+    ) -> None:
         self._streams = streams
         self._wake = wake
         self._move = move
+        self._client_field = client_field
         self.choices: list[Choice] = []
         self.prompt_tokens = 0
         self.choices_per_prompt = 1
@@ -66,6 +74,8 @@ class Answer:
         else:
             self._streams.drop(choice)
         if self.failure is None and not self._move(choice, worker, error):
+            if error.param is not None:
+                error.param = self._client_field(error.param)
             self.fail(error, cause="worker_failed")
 
     def fail(self, error: LaunchError, *, cause: str) -> None:

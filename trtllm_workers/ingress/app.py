@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,11 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trtllm_workers.engines.base import ENGINE_NATIVE
 from trtllm_workers.errors import LaunchError, ModelNotFound, RequestError
 from trtllm_workers.ingress.dispatch import CHAT, COMPLETIONS, Dispatcher
 from trtllm_workers.ingress.exchange import Exchange
-from trtllm_workers.ingress.fleet import Fleet, Served, Worker
+from trtllm_workers.ingress.fleet import Fleet
 from trtllm_workers.ingress.responses import error_body
+from trtllm_workers.ingress.served import Served, Worker
 from trtllm_workers.observe.metrics import CONTENT_TYPE, Metrics
 from trtllm_workers.planes.messages import PairStats
 
@@ -89,12 +92,13 @@ def make_app(dispatcher: Dispatcher, fleet: Fleet, metrics: Metrics) -> IngressA
 
     @app.get("/v1/models")
     async def models() -> Response:
-        ready = [served for _, served in sorted(fleet.models.items()) if served.ready]
+        known = sorted({**fleet.adapters, **fleet.models}.items())
+        ready = [served for _, served in known if served.ready]
         return _json(200, {"object": "list", "data": [_model(served) for served in ready]})
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
-        served = fleet.models.get(model)
+        served = fleet.find(model)
         if served is None or not served.ready:
             return _error(ModelNotFound(f"no model '{model[:200]}' is served here", param="model"))
         return _json(200, _model(served))
@@ -115,7 +119,10 @@ def make_app(dispatcher: Dispatcher, fleet: Fleet, metrics: Metrics) -> IngressA
             "status": _word(status),
             **missing,
             "requests_in_work": dispatcher.num_answers,
-            "models": {name: _health(served) for name, served in sorted(fleet.models.items())},
+            "models": {
+                name: _health(served, fleet.adapters)
+                for name, served in sorted(fleet.models.items())
+            },
         }
         return _json(status, shown)
 
@@ -168,6 +175,13 @@ def _readiness(fleet: Fleet, dispatcher: Dispatcher) -> tuple[int, dict[str, Any
             for name, served in fleet.models.items()
             if served.ready and not served.whole
         }
+        degraded |= {
+            name: adapter.missing
+            for name, adapter in fleet.adapters.items()
+            if adapter.base is not None
+            and adapter.base.ready
+            and not (adapter.ready and adapter.whole)
+        }
         return 200, {"degraded": degraded} if degraded else {}
     if not fleet.models:
         return 503, {"missing": "no worker has registered yet"}
@@ -179,38 +193,62 @@ def _word(status: int) -> str:
 
 
 def _model(served: Served) -> dict[str, Any]:
-    return {
+    base = served.base
+    shown = {
         "id": served.name,
         "object": "model",
         "created": served.created_s,
         "owned_by": OWNER,
+        "root": served.name if base is None else base.name,
+        "parent": None if base is None else base.name,
         "max_model_len": served.max_seq_len,
     }
+    if served.max_prompt_len:
+        shown["max_prompt_len"] = served.max_prompt_len
+    return shown
 
 
-def _health(served: Served) -> dict[str, Any]:
+def _health(served: Served, adapters: Mapping[str, Served]) -> dict[str, Any]:
     shown: dict[str, Any] = {"ready": served.ready}
     if not served.ready or not served.whole:
         shown["missing"] = served.missing
     if served.text is not None:
         shown["encoder"] = served.text.encoder_name
     shown["workers"] = [_worker(worker) for worker in served.workers]
+    held = {name: one for name, one in sorted(adapters.items()) if one.base is served}
+    if held:
+        shown["adapters"] = {name: _adapter(one) for name, one in held.items()}
+    return shown
+
+
+def _adapter(served: Served) -> dict[str, Any]:
+    shown: dict[str, Any] = {"ready": served.ready}
+    if not served.ready or not served.whole:
+        shown["missing"] = served.missing
+    shown["workers"] = [worker.worker_id for worker in served.workers]
     return shown
 
 
 def _worker(worker: Worker) -> dict[str, Any]:
-    record = worker.record
+    record, engine = worker.record, worker.record.engine
     shown: dict[str, Any] = {
         "worker_id": worker.worker_id,
         "state": worker.state,
         "role": record.role,
-        "engine": record.engine.engine,
-        "device": record.engine.device,
+        "engine": engine.engine,
+        "device": engine.device,
         "address": str(record.address),
-        "kv_transport": record.engine.kv_transport,
-        "max_seq_len": record.engine.max_seq_len,
+        # Engines that move their own KV were seen to use some wire, or not yet.
+        "kv_transport": f"{engine.kv_transport} ({engine.kv_wire})"
+        if engine.kv_wire
+        else engine.kv_transport,
+        "max_seq_len": engine.max_seq_len,
         "streams_from_here": worker.in_flight,
     }
+    if engine.max_prompt_len:
+        shown["max_prompt_len"] = engine.max_prompt_len
+    if engine.loras:
+        shown["loras"] = engine.loras
     if worker.problem:
         shown["problem"] = worker.problem
     if worker.load is not None:
@@ -221,7 +259,7 @@ def _worker(worker: Worker) -> dict[str, Any]:
 
 
 def _pair(pair: PairStats) -> dict[str, Any]:
-    return {
+    shown = {
         "prefill": pair.peer.peer_id,
         "state": pair.state,
         "reason": pair.reason,
@@ -230,3 +268,6 @@ def _pair(pair: PairStats) -> dict[str, Any]:
         "gb_per_s": round(pair.gb_per_s, 3),
         "handoffs": pair.num_handoffs,
     }
+    if pair.transport == ENGINE_NATIVE:
+        del shown["gb_per_s"]  # the engine does not tell how many bytes it moved
+    return shown

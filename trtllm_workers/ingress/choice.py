@@ -157,7 +157,7 @@ class Choice:
             return
         if chunk.finish_reason is FinishReason.ERROR:
             message = chunk.error_message or "the worker gave no reason"
-            error = error_for_code(chunk.error_code or "", message)
+            error = error_for_code(chunk.error_code or "", message, param=chunk.error_param)
             self._owner.choice_failed(self, error, engine_runs=False)
             return
         if chunk.cached_tokens and not self.moves:

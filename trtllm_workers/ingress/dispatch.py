@@ -23,12 +23,13 @@ from trtllm_workers.errors import (
 from trtllm_workers.ingress.answer import Answer
 from trtllm_workers.ingress.choice import Choice
 from trtllm_workers.ingress.exchange import Exchange, Receive, Scope, Send
-from trtllm_workers.ingress.fleet import Fleet, Placement, Served, Worker
+from trtllm_workers.ingress.fleet import Fleet
 from trtllm_workers.ingress.job import Job, rest_of
 from trtllm_workers.ingress.meters import CLIENT_LEFT, Meters, RequestMeter
 from trtllm_workers.ingress.openai import Ask, parse_chat, parse_completion
 from trtllm_workers.ingress.prompt import budget, tokenize
 from trtllm_workers.ingress.responses import Shape
+from trtllm_workers.ingress.served import Placement, Served, Worker
 from trtllm_workers.ingress.settings import IngressSettings
 from trtllm_workers.ingress.sse import Wire, stream_answer
 from trtllm_workers.ingress.streams import Streams
@@ -125,7 +126,8 @@ class Dispatcher:
         assert text is not None, "a model that is ready has its tokenizer"
         max_seq_len = served.max_seq_len
         prompts = await tokenize(ask, text, vocab_size=served.vocab_size, max_seq_len=max_seq_len)
-        budgets = [budget(ask, prompt, max_seq_len) for prompt in prompts]
+        max_prompt_len = served.max_prompt_len
+        budgets = [budget(ask, prompt, max_seq_len, max_prompt_len) for prompt in prompts]
         _check_min_tokens(ask, min(budgets))
         shape = Shape(
             chat=ask.chat,
@@ -176,7 +178,8 @@ class Dispatcher:
 
     def _open(self, exchange: Exchange, job: Job) -> Answer:
         """Begin an answer: it has a deadline, and ``_close`` ends it however we leave."""
-        answer = Answer(self._streams, exchange.wake, partial(self._move, job))
+        move, client_field = partial(self._move, job), job.ask.client_field
+        answer = Answer(self._streams, exchange.wake, move, client_field)
         timeout_s = self._settings.request_timeout_s
         answer.timer = asyncio.get_running_loop().call_later(timeout_s, _expire, answer, timeout_s)
         self._answers.add(answer)
@@ -202,7 +205,7 @@ class Dispatcher:
     ) -> None:
         """Send the n choices of one prompt to one worker: they share its prefix."""
         ask = job.ask
-        to = self._fleet.place(job.served, ask.fields, num_prompt_tokens=len(prompt))
+        to = self._place(job.served, ask, len(prompt))
         for at in range(ask.n):
             index = len(answer.choices)
             request = GenerateRequest(
@@ -210,6 +213,7 @@ class Dispatcher:
                 prompt_token_ids=prompt,
                 sampling=ask.sampling(max_tokens, at),
                 cache_salt=ask.cache_salt,
+                lora=job.served.lora,
             )
             choice = Choice(
                 index=index,
@@ -235,14 +239,18 @@ class Dispatcher:
                 return to
             except PeerLost as error:
                 log.warning("worker lost", worker_id=to.worker.worker_id, error=str(error))
-                to = self._place(served, ask, request, exclude=to.worker)
+                to = self._place(served, ask, len(request.prompt_token_ids), exclude=to.worker)
         raise Unavailable(f"no worker of model '{served.name}' can be reached")
 
     def _place(
-        self, served: Served, ask: Ask, request: GenerateRequest, exclude: Worker | None
+        self, served: Served, ask: Ask, num_prompt_tokens: int, exclude: Worker | None = None
     ) -> Placement:
         return self._fleet.place(
-            served, ask.fields, exclude, num_prompt_tokens=len(request.prompt_token_ids)
+            served,
+            ask.fields,
+            exclude,
+            num_prompt_tokens=num_prompt_tokens,
+            client_field=ask.client_field,
         )
 
     def _move(self, job: Job, choice: Choice, worker: Worker | None, error: LaunchError) -> bool:
@@ -261,12 +269,22 @@ class Dispatcher:
             if rest is None:
                 choice.finish("length", engine_runs=False)
                 return True
+            limit = job.served.max_prompt_len
+            if 0 < limit < len(rest.prompt_token_ids):
+                log.warning(
+                    "stream cannot move",
+                    request_id=request.request_id,
+                    reason="prompt and tokens so far are more than a prompt may have",
+                    tokens=len(rest.prompt_token_ids),
+                    max_prompt_len=limit,
+                )
+                return False
             request = rest
         else:
             return False
         choice.moves += 1
         try:
-            to = self._place(job.served, job.ask, request, exclude=worker)
+            to = self._place(job.served, job.ask, len(request.prompt_token_ids), exclude=worker)
             to = self._send(job.served, job.ask, choice, request, to)
         except LaunchError as nowhere:
             log.warning("stream cannot move", request_id=request.request_id, reason=str(nowhere))

@@ -11,7 +11,6 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from trtllm_workers.errors import (
     PlaneError,
     Unavailable,
 )
-from trtllm_workers.ingress.text import TextModel, load_text_model
+from trtllm_workers.ingress.adapters import homes
+from trtllm_workers.ingress.served import Placement, Served, Worker
+from trtllm_workers.ingress.text import load_text_model
 from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
 from trtllm_workers.planes.messages import StatsAsk, WorkerStats
 from trtllm_workers.types import Address, Role, Strategy, WorkerRecord, WorkerState
@@ -35,121 +36,11 @@ log = structlog.get_logger(__name__)
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
 
-
-class Worker:
-    """One worker as this ingress sees it. ``in_flight`` counts our own streams on it."""
-
-    def __init__(self, record: WorkerRecord) -> None:
-        self.record = record
-        self.peer: Peer | None = None
-        self.in_flight = 0
-        self.draining = record.state is not WorkerState.READY
-        self.problem = "not connected yet"
-        self.load: WorkerStats | None = None
-        self.lost = asyncio.Event()
-        self.ready_pairs: frozenset[Address] = frozenset()
-
-    @property
-    def worker_id(self) -> str:
-        """The worker's name in discovery."""
-        return self.record.worker_id
-
-    @property
-    def role(self) -> Role:
-        """What it does."""
-        return self.record.role
-
-    @property
-    def takes_requests(self) -> bool:
-        """True while a new request may be sent to it."""
-        return self.peer is not None and not self.draining
-
-    @property
-    def state(self) -> str:
-        """What people are shown."""
-        if self.peer is None:
-            return "unreachable"
-        return "draining" if self.draining else "ready"
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a request goes: to ``worker``, which with ``decode`` set prefills and hands over to that."""
-
-    worker: Worker
-    decode: Worker | None = None
-
-
-class Served:
-    """One served model: its text side and its workers, of whatever role."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.text: TextModel | None = None
-        self.problem = "its tokenizer is being loaded"
-        self.created_s = 0
-        self.workers: list[Worker] = []
-        self.has_been_whole = False
-
-    @property
-    def ready(self) -> bool:
-        """True when a request for it can be served.
-
-        That takes a whole chain once: an aggregated worker, or a decode worker with a prefill worker
-        that has passed its gate. When all prefill workers go later, decode workers do their work.
-        """
-        if self.text is None or not (self.whole or self.has_been_whole):
-            return False
-        return any(worker.takes_requests for worker in self.makers)
-
-    @property
-    def whole(self) -> bool:
-        """True when a chain is up from the first worker to the last."""
-        return any(
-            worker.takes_requests and (worker.role is not Role.DECODE or worker.ready_pairs)
-            for worker in self.makers
-        )
-
-    @property
-    def makers(self) -> list[Worker]:
-        """The workers that stream tokens: aggregated and decode ones."""
-        return [worker for worker in self.workers if worker.role is not Role.PREFILL]
-
-    @property
-    def max_seq_len(self) -> int:
-        """What every worker of this model can hold, in tokens."""
-        return min(worker.record.engine.max_seq_len for worker in self.workers)
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below this."""
-        return min(worker.record.engine.vocab_size for worker in self.workers)
-
-    @property
-    def missing(self) -> str:
-        """Why it is not ready, or not whole, for people."""
-        if self.text is None:
-            return self.problem
-        problems = [
-            f"worker {worker.worker_id} is {worker.state}: {worker.problem}"
-            for worker in self.workers
-            if not worker.takes_requests
-        ]
-        problems += [
-            f"decode worker {worker.worker_id} has no prefill worker: {_why_unpaired(worker)}"
-            for worker in self.makers
-            if worker.takes_requests and worker.role is Role.DECODE and not worker.ready_pairs
-        ]
-        if not self.makers:
-            problems.append("no decode worker has registered")
-        return "; ".join(problems) or "no worker serves it"
-
-
-def _why_unpaired(worker: Worker) -> str:
-    if worker.load is None:
-        return "it has not told yet"
-    pairs = [f"{one.peer.peer_id} {one.state}: {one.reason}" for one in worker.load.pairs]
-    return "; ".join(pairs) or "none has registered"
+# Capability → what an operator does to have it, where that is more than another engine.
+_REMEDIES = {
+    "guided": "; guided decoding needs workers of engine trtllm whose engine config sets "
+    "guided_decoding_backend",
+}
 
 
 class Fleet:
@@ -183,7 +74,9 @@ class Fleet:
         self._followers: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._loaders: dict[str, asyncio.Task[None]] = {}
         self._turns: Counter[Role] = Counter()
+        self._clashes_told: set[str] = set()
         self.models: dict[str, Served] = {}
+        self.adapters: dict[str, Served] = {}
         self.changed = asyncio.Event()
 
     @contextlib.asynccontextmanager
@@ -233,8 +126,8 @@ class Fleet:
         self._group()
 
     def _group(self) -> None:
-        """Sort the workers into models and load what is new."""
-        for served in self.models.values():
+        """Sort the workers into models and their adapters, and load what is new."""
+        for served in (*self.models.values(), *self.adapters.values()):
             served.workers = []
         for worker in self._workers.values():
             name = worker.record.model
@@ -247,10 +140,29 @@ class Fleet:
                 self._loaders[name] = _start(self._load(served, worker.record), f"load-{name}")
         for name in [name for name, served in self.models.items() if not served.workers]:
             del self.models[name]
+        self._group_adapters()
         self._tell_changed()
 
+    def _group_adapters(self) -> None:
+        """Serve every adapter as a model, by those workers of its base model that hold it."""
+        home, clashes = homes([worker.record for worker in self._workers.values()])
+        for clash in clashes:
+            if clash not in self._clashes_told:
+                self._clashes_told.add(clash)
+                log.warning("two models of one name", clash=clash)
+        known, self.adapters = self.adapters, {}
+        for name, base_name in home.items():
+            base = self.models[base_name]
+            served = known.get(name)
+            if served is None or served.base is not base:
+                served = Served(name, base)
+            self.adapters[name] = served
+            served.workers = [w for w in base.workers if name in w.record.engine.loras]
+            first_s = min(worker.record.started_at_s for worker in served.workers)
+            served.created_s = served.created_s or int(first_s)
+
     def _tell_changed(self) -> None:
-        for served in self.models.values():
+        for served in (*self.models.values(), *self.adapters.values()):
             served.has_been_whole |= served.text is not None and served.whole
         self.changed.set()
 
@@ -258,16 +170,16 @@ class Fleet:
         folder = self._model_path or Path(record.engine.model_path)
         loop = asyncio.get_running_loop()
         try:
-            served.text = await loop.run_in_executor(
+            text = served.text_side.model = await loop.run_in_executor(
                 self._executor, load_text_model, folder, record.engine.vocab_size, self._executor
             )
         except Exception as error:  # noqa: BLE001  one broken checkpoint must not stop the others
-            served.problem = f"its tokenizer cannot be loaded: {error}"
+            served.text_side.problem = f"its tokenizer cannot be loaded: {error}"
             self._tell_changed()
             log.error("model cannot be served", model=served.name, error=str(error))
             return
         self._tell_changed()
-        log.info("tokenizer loaded", model=served.name, encoder=served.text.encoder_name)
+        log.info("tokenizer loaded", model=served.name, encoder=text.encoder_name)
 
     async def _follow(self, worker: Worker) -> None:
         """Keep a connection to one worker for as long as its record lives."""
@@ -328,11 +240,15 @@ class Fleet:
             self._tell_changed()
         return worker
 
+    def find(self, model: str) -> Served | None:
+        """Return a base model or an adapter by its name, ready or not."""
+        return self.models.get(model) or self.adapters.get(model)
+
     def served(self, model: str) -> Served:
         """Return a model that is ready. Raises ModelNotFound, Unavailable."""
-        served = self.models.get(model)
+        served = self.find(model)
         if served is None:
-            known = ", ".join(sorted(self.models)) or "none yet"
+            known = ", ".join(sorted({*self.models, *self.adapters})) or "none yet"
             raise ModelNotFound(
                 f"no model '{model[:200]}' is served here; models: {known}", param="model"
             )
@@ -347,11 +263,12 @@ class Fleet:
         exclude: Worker | None = None,
         *,
         num_prompt_tokens: int = 0,
+        client_field: Callable[[str], str] = str,
     ) -> Placement:
         """Return the workers with the fewest of our streams; equal ones take turns.
 
         Raises Unavailable when none takes requests, NotSupported naming the first sampling field
-        of ``needs`` that none of them honours.
+        of ``needs`` that none of them honours, as the client called it (``client_field``).
         """
         able = [w for w in served.makers if w.takes_requests and w is not exclude]
         if not able and exclude is not None and exclude.role is Role.DECODE:
@@ -362,11 +279,13 @@ class Fleet:
         for field in needs:
             able = [worker for worker in able if field in worker.record.engine.capabilities]
             if not able:
+                named = client_field(field)
                 raise NotSupported(
-                    f"'{field}' is not supported by the engine that serves '{served.name}'",
-                    param=field,
+                    f"'{named}' is not supported by the engine that serves '{served.name}'"
+                    + _REMEDIES.get(field, ""),
+                    param=named,
                 )
-        paired = [w for w in able if w.role is not Role.DECODE or w.ready_pairs]
+        paired = [w for w in able if w.role is not Role.DECODE or served.is_paired(w)]
         maker = self._least(paired or able)
         if maker.role is not Role.DECODE or self._strategy is Strategy.DECODE_FIRST:
             return Placement(maker)
@@ -378,6 +297,8 @@ class Fleet:
             if worker.takes_requests
             and worker is not exclude
             and worker.record.address in maker.ready_pairs
+            # It chooses the first token. When none can, decode computes the prompt itself.
+            and all(field in worker.record.engine.capabilities for field in needs)
         ]
         return Placement(self._least(prefills), maker) if prefills else Placement(maker)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trtllm_workers.engines.base import ENGINE_NATIVE
 from trtllm_workers.observe.metrics import Metrics
 from trtllm_workers.planes.messages import HandoffStats, PairStats, WorkerStats
 
@@ -61,10 +62,11 @@ def _show_pair(metrics: Metrics, worker_id: str, pair: PairStats) -> None:
         "transport": pair.transport,
         "wire": pair.wire,
     }
-    for what, total in (
-        ("transfers_total", pair.num_handoffs),
-        ("transfer_bytes_total", pair.num_bytes),
-        ("transfer_seconds_total", pair.seconds),
-    ):
+    totals = {"transfers_total": pair.num_handoffs, "transfer_seconds_total": pair.seconds}
+    if pair.transport != ENGINE_NATIVE:
+        totals["transfer_bytes_total"] = pair.num_bytes
+    for what, total in totals.items():
         metrics.counter(f"{_PREFIX}kv_{what}", **labels).advance_to(total)
+    if pair.transport == ENGINE_NATIVE:
+        return  # the engine does not tell how many bytes it moved: no rate rather than 0
     metrics.gauge(f"{_PREFIX}kv_transfer_gigabytes_per_second", **labels).set(pair.gb_per_s)

@@ -13,9 +13,9 @@ import msgspec
 from trtllm_workers.ingress.choice import Choice
 from trtllm_workers.ingress.detokenize import Decoder
 from trtllm_workers.ingress.exchange import Exchange
-from trtllm_workers.ingress.fleet import Served
 from trtllm_workers.ingress.openai import Ask
 from trtllm_workers.ingress.responses import Shape
+from trtllm_workers.ingress.served import Served
 from trtllm_workers.ingress.sse import Path, Wire, direct_path, risk
 from trtllm_workers.ingress.stops import StopMatcher
 from trtllm_workers.ingress.text import TextModel
@@ -54,9 +54,12 @@ class Job:
         """True when prompt plus tokens so far, as a new prompt, is still the same request.
 
         Not when something counts output tokens: they would have become prompt. Not when a seeded
-        series of draws would begin again. Greedy draws nothing.
+        series of draws would begin again. Greedy draws nothing. Not when the answer is guided: what
+        has been matched so far is known to the old worker alone.
         """
         fields = self.ask.fields
+        if "guided" in fields:
+            return False
         draws = "seed" in fields and fields.get("temperature") != 0
         return not (draws or "presence_penalty" in fields or "frequency_penalty" in fields)
 

@@ -15,9 +15,10 @@ from typing import Any, cast
 import msgspec
 
 from trtllm_workers.errors import NotSupported, RequestError
+from trtllm_workers.ingress.guided import guided_of
 from trtllm_workers.ingress.messages import as_messages
 from trtllm_workers.ingress.parse import parse_body
-from trtllm_workers.ingress.schema import ChatBody, Common, CompletionBody
+from trtllm_workers.ingress.schema import ChatBody, Common, CompletionBody, ResponseFormat
 from trtllm_workers.types import SamplingParams
 
 MAX_CHOICES = 128
@@ -46,7 +47,6 @@ _NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "prompt_cache_options": ({},),
     "prompt_cache_retention": ("in_memory", "in-memory"),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
@@ -75,7 +75,7 @@ class Ask:
 
     ``messages`` for a chat, else ``prompts`` (texts or token ids). ``fields`` are the sampling
     fields that differ from their default; a worker must be capable of each. ``max_tokens`` None
-    means what the context leaves.
+    means what the context leaves. ``guided_by`` is the field that ``guided`` of ``fields`` came in.
     """
 
     chat: bool
@@ -94,9 +94,18 @@ class Ask:
     logprobs: int | None
     echo: bool
     cache_salt: str
+    guided_by: str = ""
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_variables: Mapping[str, Any] | None = None
+
+    def client_field(self, name: str) -> str:
+        """Return what the client calls a field that workers know by ``name``."""
+        if name == "guided":
+            return self.guided_by or name
+        if name == "prompt_token_ids":
+            return "messages" if self.chat else "prompt"
+        return name
 
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
         """Return the sampling parameters of the ``choice``-th answer to a prompt."""
@@ -141,7 +150,7 @@ def parse_chat(body: bytes) -> Ask:
         and ask.add_generation_prompt is not False,
         continue_final_message=bool(ask.continue_final_message),
         template_variables=ask.chat_template_kwargs,
-        **_common(ask, logprobs),
+        **_common(ask, logprobs, ask.response_format),
     )
 
 
@@ -194,7 +203,9 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> Sequence[str | list[i
     raise RequestError("prompt mixes texts, token ids and lists of them", param="prompt")
 
 
-def _common(ask: Common, logprobs: int | None) -> dict[str, Any]:
+def _common(
+    ask: Common, logprobs: int | None, response_format: ResponseFormat | None = None
+) -> dict[str, Any]:
     if not ask.model:
         raise RequestError("model is empty", param="model")
     stop = _stops(ask.stop)
@@ -212,9 +223,13 @@ def _common(ask: Common, logprobs: int | None) -> dict[str, Any]:
     _between("n", n, 1, MAX_CHOICES)
     if ask.max_tokens is not None:
         _between("max_tokens", ask.max_tokens, 1, _INT32)
+    fields = _sampling_fields(ask, logprobs)
+    guided_by, guided = guided_of(ask, response_format)
+    if guided is not None:
+        fields["guided"] = guided
     return {
         "model": ask.model,
-        "fields": _sampling_fields(ask, logprobs),
+        "fields": fields,
         "n": n,
         "seed": ask.seed,
         "stop": stop,
@@ -223,6 +238,7 @@ def _common(ask: Common, logprobs: int | None) -> dict[str, Any]:
         "include_stop": bool(ask.include_stop_str_in_output),
         "skip_special_tokens": ask.skip_special_tokens is not False,
         "cache_salt": ask.cache_salt or "",
+        "guided_by": guided_by,
     }
 
 

@@ -11,9 +11,10 @@ from contextlib import asynccontextmanager
 from trtllm_workers.errors import PeerLost
 from trtllm_workers.ingress.app import IngressApp, make_app
 from trtllm_workers.ingress.dispatch import Dispatcher
-from trtllm_workers.ingress.fleet import Fleet, Worker
+from trtllm_workers.ingress.fleet import Fleet
 from trtllm_workers.ingress.handoff_meters import observe_phases, show_handoffs
 from trtllm_workers.ingress.meters import Meters
+from trtllm_workers.ingress.served import Worker
 from trtllm_workers.ingress.settings import IngressSettings
 from trtllm_workers.ingress.streams import Streams
 from trtllm_workers.observe.metrics import Metrics, record_engine_stats

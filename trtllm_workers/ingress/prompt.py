@@ -75,8 +75,19 @@ def render(ask: Ask, text: TextModel) -> str:
     )
 
 
-def budget(ask: Ask, prompt: Sequence[int], max_seq_len: int) -> int:
-    """Return how many tokens may be generated for ``prompt``. Raises ContextTooLong."""
+def budget(ask: Ask, prompt: Sequence[int], max_seq_len: int, max_prompt_len: int = 0) -> int:
+    """Return how many tokens may be generated for ``prompt``. Raises ContextTooLong.
+
+    ``max_prompt_len`` 0: prompts have no limit of their own.
+    """
+    if 0 < max_prompt_len < len(prompt):
+        raise ContextTooLong(
+            f"the prompt has {len(prompt)} tokens, and the workers of '{ask.model}' take at most "
+            f"{max_prompt_len}: a longer prompt does not fit the buffer that moves its KV from a "
+            "prefill to a decode worker; shorten the prompt (the operator can raise "
+            "cache_transceiver_config.max_tokens_in_buffer in the engine configs of both roles)",
+            param="messages" if ask.chat else "prompt",
+        )
     left = max_seq_len - len(prompt)
     if left < 1:
         raise ContextTooLong(

@@ -48,6 +48,32 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: Flag = None
 
 
+class JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    """What ``response_format`` of type json_schema holds. ``strict`` or not, the schema is kept to."""
+
+    name: str
+    schema: dict[str, Any]
+    strict: Flag = None
+    description: str | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """OpenAI's way to say what an answer must look like."""
+
+    type: str
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """The same as other servers know it; one of these is set."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: list[str] | None = None
+    json_object: Flag = None
+
+
 class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields that both endpoints have: OpenAI's, then the extensions other servers know."""
 
@@ -75,6 +101,12 @@ class Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     skip_special_tokens: Flag = None
     cache_salt: str | None = None
 
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: list[str] | None = None
+    structured_outputs: StructuredOutputs | None = None
+
 
 class ChatBody(Common, forbid_unknown_fields=True, kw_only=True):
     """The body of /v1/chat/completions."""
@@ -86,6 +118,7 @@ class ChatBody(Common, forbid_unknown_fields=True, kw_only=True):
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    response_format: ResponseFormat | None = None
 
     audio: Any = None
     function_call: Any = None
@@ -97,7 +130,6 @@ class ChatBody(Common, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     reasoning_effort: Any = None
-    response_format: Any = None
     service_tier: Any = None
     store: Any = None
     tool_choice: Any = None

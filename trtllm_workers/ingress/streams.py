@@ -13,7 +13,7 @@ import structlog
 
 from trtllm_workers.errors import PeerLost
 from trtllm_workers.ingress.choice import Choice
-from trtllm_workers.ingress.fleet import Placement, Worker
+from trtllm_workers.ingress.served import Placement, Worker
 from trtllm_workers.planes.base import Peer
 from trtllm_workers.planes.frames import columns
 from trtllm_workers.planes.messages import Abort, Submit, Tokens

@@ -40,6 +40,7 @@ CAPABILITIES = (
     "min_tokens",
     "logprobs",
     "logit_bias",
+    "guided",
 )
 MODEL = "test/tiny"
 REPLY_TO = Address("127.0.0.1", 1, "ingress", "i1")

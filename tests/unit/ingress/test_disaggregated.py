@@ -6,45 +6,15 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from tokenizers import Tokenizer
 
-from tests.unit.ingress.checkpoints import MODEL, record
-from tests.unit.ingress.fakes import FakeWorker
+from tests.unit.ingress.checkpoints import MODEL
+from tests.unit.ingress.roles import Worker
 from tests.unit.ingress.stage import Stage, stage, text_of
-from trtllm_workers.planes.messages import HandoffStats, Message, PairStats, StatsAsk, WorkerStats
-from trtllm_workers.types import EngineStats, FinishReason, Role, Strategy
+from trtllm_workers.types import FinishReason, Role, Strategy
 
 ANSWER = "Hello world. And more."
 PREFILL_FIRST: Any = {"strategy": Strategy.PREFILL_FIRST}
-
-
-class Worker(FakeWorker):
-    """A fake of some role. A decode worker says that it has these prefill workers."""
-
-    def __init__(
-        self, checkpoint: Path, name: str, role: Role, *prefills: FakeWorker, **fields: Any
-    ) -> None:
-        made = msgspec.structs.replace(record(checkpoint, name), role=role, **fields)
-        super().__init__(made)
-        self.prefills = list(prefills)
-
-    def on_message(self, message: Message) -> None:
-        super().on_message(message)
-        if isinstance(message, StatsAsk):
-            asyncio.get_running_loop().call_soon(self.tell)
-
-    def tell(self, state: str = "ready", **handoffs: Any) -> None:
-        """Report stats, with every pair in ``state``."""
-        pairs = [
-            PairStats(
-                one.record.address, "ucx", "shm", state, "the reason", 3, 6_000_000, 0.001, 6.0
-            )
-            for one in self.prefills
-        ]
-        self.say(
-            WorkerStats(self.record.worker_id, EngineStats(), 0, HandoffStats(**handoffs), pairs)
-        )
 
 
 def trio(checkpoint: Path, **fields: Any) -> tuple[Worker, Worker, Worker]:

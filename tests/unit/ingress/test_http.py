@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import openai
+import pydantic
 import pytest
 from tokenizers import Tokenizer
 
@@ -29,7 +30,7 @@ from tests.unit.ingress.raw_http import (
 from tests.unit.ingress.stage import http_stage
 from trtllm_workers.ingress.exchange import Exchange
 from trtllm_workers.planes.messages import Submit
-from trtllm_workers.types import FinishReason
+from trtllm_workers.types import FinishReason, GuidedKind
 
 ANSWER = "Hello 日本 🎉 world. STOP here and there."
 
@@ -89,6 +90,32 @@ async def test_the_openai_client_completes_and_lists(
 
 
 @on_uvloop
+async def test_the_openai_client_parses_into_a_model(
+    checkpoint: Path, tokenizer: Tokenizer
+) -> None:
+    class City(pydantic.BaseModel):
+        name: str
+        people: int
+
+    fake = FakeWorker(record(checkpoint), says(tokenizer, '{"name": "Jena", "people": 110000}'))
+    async with http_stage(fake) as (_, port), openai_client(port) as client:
+        parsed = await client.chat.completions.parse(
+            model=MODEL, messages=MESSAGES, response_format=City
+        )
+        async with client.chat.completions.stream(
+            model=MODEL, messages=MESSAGES, response_format=City
+        ) as stream:
+            streamed = await stream.get_final_completion()
+    jena = City(name="Jena", people=110000)
+    assert parsed.choices[0].message.parsed == streamed.choices[0].message.parsed == jena
+    for submit in fake.submits:
+        guided = submit.request.sampling.guided
+        assert guided is not None
+        assert guided.kind is GuidedKind.JSON_SCHEMA
+        assert json.loads(guided.value)["properties"].keys() == {"name", "people"}
+
+
+@on_uvloop
 async def test_the_openai_client_knows_our_errors(checkpoint: Path, tokenizer: Tokenizer) -> None:
     fake = FakeWorker(record(checkpoint), says(tokenizer, ANSWER))
     async with http_stage(fake) as (_, port), openai_client(port) as client:
@@ -96,9 +123,9 @@ async def test_the_openai_client_knows_our_errors(checkpoint: Path, tokenizer: T
             await client.chat.completions.create(model="x", messages=MESSAGES)
         with pytest.raises(openai.BadRequestError) as error:
             await client.chat.completions.create(
-                model=MODEL, messages=MESSAGES, extra_body={"guided_json": {}}
+                model=MODEL, messages=MESSAGES, extra_body={"guided_jsn": {}}
             )
-        assert error.value.param == "guided_json"
+        assert error.value.param == "guided_jsn"
 
         def breaks(worker: FakeWorker, submit: Submit) -> None:
             worker.chunk(submit.stream, tokenizer.encode(ANSWER).ids[:1])

@@ -88,6 +88,7 @@ async def test_a_stream_that_lacked_only_its_end_needs_no_other_worker(
         {"presence_penalty": 1},
         {"frequency_penalty": 1},
         {"seed": 1, "temperature": 0.5},
+        {"guided_regex": "Hello.*"},
     ],
 )
 async def test_a_stream_that_cannot_be_continued_elsewhere_ends_with_an_error_event(

@@ -192,7 +192,6 @@ REFUSED = {
     "prompt_cache_options": {"mode": "any"},
     "prompt_cache_retention": "24h",
     "reasoning_effort": "high",
-    "response_format": {"type": "json_schema", "json_schema": {}},
     "service_tier": "flex",
     "store": True,
     "tool_choice": "required",
@@ -237,6 +236,12 @@ def test_every_field_is_honoured_harmless_or_refused() -> None:
         "chat_template_kwargs",
         "best_of",
         "suffix",
+        "response_format",
+        "guided_json",
+        "guided_regex",
+        "guided_grammar",
+        "guided_choice",
+        "structured_outputs",
     }
     harmless = {
         "user",

@@ -1,0 +1,171 @@
+"""A served model as this ingress sees it: its text side, its workers, and whether a chain is whole.
+
+An adapter is served as a model of its own, by those workers of its base model that hold it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from trtllm_workers.ingress.text import TextModel
+from trtllm_workers.planes.base import Peer
+from trtllm_workers.planes.messages import WorkerStats
+from trtllm_workers.types import Address, Role, WorkerRecord, WorkerState
+
+
+class Worker:
+    """One worker as this ingress sees it. ``in_flight`` counts our own streams on it."""
+
+    def __init__(self, record: WorkerRecord) -> None:
+        self.record = record
+        self.peer: Peer | None = None
+        self.in_flight = 0
+        self.draining = record.state is not WorkerState.READY
+        self.problem = "not connected yet"
+        self.load: WorkerStats | None = None
+        self.lost = asyncio.Event()
+        self.ready_pairs: frozenset[Address] = frozenset()
+
+    @property
+    def worker_id(self) -> str:
+        """The worker's name in discovery."""
+        return self.record.worker_id
+
+    @property
+    def role(self) -> Role:
+        """What it does."""
+        return self.record.role
+
+    @property
+    def takes_requests(self) -> bool:
+        """True while a new request may be sent to it."""
+        return self.peer is not None and not self.draining
+
+    @property
+    def state(self) -> str:
+        """What people are shown."""
+        if self.peer is None:
+            return "unreachable"
+        return "draining" if self.draining else "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request goes: to ``worker``, which with ``decode`` set prefills and hands over to that."""
+
+    worker: Worker
+    decode: Worker | None = None
+
+
+@dataclass(slots=True)
+class TextSide:
+    """A base model's tokenizer and template, once loaded; its adapters share it."""
+
+    model: TextModel | None = None
+    problem: str = "its tokenizer is being loaded"
+
+
+class Served:
+    """One served model: its text side and its workers, of whatever role.
+
+    With ``base`` it is an adapter of that model, and ``workers`` are only those that hold it.
+    """
+
+    def __init__(self, name: str, base: Served | None = None) -> None:
+        self.name = name
+        self.base = base
+        self.text_side: TextSide = TextSide() if base is None else base.text_side
+        self.created_s = 0
+        self.workers: list[Worker] = []
+        self.has_been_whole = False
+
+    @property
+    def lora(self) -> str:
+        """The adapter that its requests name; "" for a base model."""
+        return "" if self.base is None else self.name
+
+    @property
+    def text(self) -> TextModel | None:
+        """Tokenizer and template, once loaded."""
+        return self.text_side.model
+
+    @property
+    def ready(self) -> bool:
+        """True when a request for it can be served.
+
+        That takes a whole chain once: an aggregated worker, or a decode worker with a prefill worker
+        that has passed its gate. When all prefill workers go later, decode workers do their work.
+        """
+        if self.text is None or not (self.has_been_whole or self.whole):
+            return False
+        return any(worker.takes_requests for worker in self.makers)
+
+    @property
+    def whole(self) -> bool:
+        """True when a chain is up from the first worker to the last."""
+        return any(
+            worker.takes_requests and (worker.role is not Role.DECODE or self.is_paired(worker))
+            for worker in self.makers
+        )
+
+    def is_paired(self, decode: Worker) -> bool:
+        """True when ``decode`` has a prefill worker for this model; an adapter's must hold it too."""
+        if self.base is None:
+            return bool(decode.ready_pairs)
+        return any(
+            worker.role is Role.PREFILL and worker.record.address in decode.ready_pairs
+            for worker in self.workers
+        )
+
+    @property
+    def makers(self) -> list[Worker]:
+        """The workers that stream tokens: aggregated and decode ones."""
+        return [worker for worker in self.workers if worker.role is not Role.PREFILL]
+
+    @property
+    def max_seq_len(self) -> int:
+        """What every worker of this model can hold, in tokens."""
+        return min(worker.record.engine.max_seq_len for worker in self.workers)
+
+    @property
+    def max_prompt_len(self) -> int:
+        """The longest prompt whose KV every worker of this model can move; 0 = no such limit."""
+        limits = (worker.record.engine.max_prompt_len for worker in self.workers)
+        return min((limit for limit in limits if limit), default=0)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return min(worker.record.engine.vocab_size for worker in self.workers)
+
+    @property
+    def missing(self) -> str:
+        """Why it is not ready, or not whole, for people."""
+        if self.text is None:
+            return self.text_side.problem
+        problems = [
+            f"worker {worker.worker_id} is {worker.state}: {worker.problem}"
+            for worker in self.workers
+            if not worker.takes_requests
+        ]
+        problems += [
+            f"decode worker {worker.worker_id} has no prefill worker{self._why_unpaired(worker)}"
+            for worker in self.makers
+            if worker.takes_requests and worker.role is Role.DECODE and not self.is_paired(worker)
+        ]
+        if not self.makers:
+            problems.append(
+                "no decode worker has registered"
+                if self.base is None
+                else f"no aggregated or decode worker of '{self.base.name}' holds this adapter"
+            )
+        return "; ".join(problems) or "no worker serves it"
+
+    def _why_unpaired(self, decode: Worker) -> str:
+        if decode.load is None:
+            return ": it has not told yet"
+        if self.base is not None and decode.ready_pairs:
+            return " that holds this adapter"
+        pairs = [f"{one.peer.peer_id} {one.state}: {one.reason}" for one in decode.load.pairs]
+        return ": " + ("; ".join(pairs) or "none has registered")

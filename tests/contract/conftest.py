@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.contract.engines import KINDS, EngineKind
 from tests.contract.harness import Harness
 from tests.contract.transports import KINDS as TRANSPORT_KINDS
 from tests.contract.transports import Kind, Stage
+from tests.fakes.stand_in import tensorrt_llm_stand_in
 
 _EOS = [1]
 
@@ -30,15 +32,19 @@ def engine_kind(request: pytest.FixtureRequest) -> EngineKind:
 
 
 @pytest.fixture
-async def harness(engine_kind: EngineKind, checkpoints: dict[str, Path]) -> AsyncIterator[Harness]:
+async def harness(
+    engine_kind: EngineKind, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Harness]:
     """A harness whose engines are closed after the test."""
     folder = checkpoints[""] / engine_kind.engine / "model"
     if engine_kind.engine not in checkpoints:
         engine_kind.write_checkpoint(folder, _EOS)
         checkpoints[engine_kind.engine] = folder
     made = Harness(engine_kind, folder)
-    yield made
-    await made.close()
+    with tensorrt_llm_stand_in() if engine_kind.engine == "trtllm" else nullcontext():
+        monkeypatch.setenv("FAKE_TRTLLM_NUM_GPUS", "1")
+        yield made
+        await made.close()
 
 
 @pytest.fixture(params=TRANSPORT_KINDS, ids=[kind.name for kind in TRANSPORT_KINDS])

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from trtllm_workers.config.keys import default_config
+from trtllm_workers.config.keys import EngineConfig, Setting, default_config
 from trtllm_workers.engines.base import Engine, EngineOptions
-from trtllm_workers.engines.registry import build_engine, engine_keys
+from trtllm_workers.engines.registry import KEYED_ENGINES, build_engine, engine_keys
+from trtllm_workers.engines.trtllm.engine import TrtllmEngine
 
 VOCAB_SIZE = 512
 BLOCK_SIZE = 16
@@ -35,6 +36,9 @@ Kill = Callable[[pytest.MonkeyPatch, Engine], None]
 class EngineKind:
     """One engine, in one variant.
 
+    ``moves_own_kv``: its blocks cannot be read or written here. ``figures_lag``: its steps and blocks are
+    polled, so they may be those of a step ago, and it tells of no preemption.
+
     ``write_checkpoint`` makes a model folder; its second argument is the eos token ids. ``extra`` are
     engine options of every build, ``often_eos`` those that make eos likely when half the vocabulary
     is eos. ``kill`` makes a started engine's next step fail for good.
@@ -45,13 +49,21 @@ class EngineKind:
     write_checkpoint: Callable[[Path, list[int]], None]
     kill: Kill
     settings: Mapping[str, Any] = field(default_factory=dict)
+    moves_own_kv: bool = False
+    figures_lag: bool = False
     cost: Mapping[str, Any] | None = None
     often_eos: Mapping[str, Any] | None = None
 
     def build(self, model_path: Path, *, often_eos: bool = False, **overrides: Any) -> Engine:
         """Return an engine, not started. ``overrides`` are engine-config keys, ``__`` for the dot."""
         settings = {**SETTINGS, **self.settings, **overrides}
-        config = default_config(self.engine, engine_keys(self.engine), **settings)
+        if self.engine in KEYED_ENGINES:
+            config = default_config(self.engine, engine_keys(self.engine), **settings)
+        else:
+            given = {
+                name.replace("__", "."): Setting(value, "test") for name, value in settings.items()
+            }
+            config = EngineConfig(self.engine, given)
         extra = {}
         if self.cost is not None:
             cost = {**self.cost, **(self.often_eos or {} if often_eos else {})}
@@ -83,6 +95,11 @@ def _break_plan_of(engine: str) -> Kill:
     return kill
 
 
+def _kill_trtllm(_monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    assert isinstance(engine, TrtllmEngine)
+    engine._llm.die(RuntimeError("a step failed"))
+
+
 _FREE: dict[str, Any] = {"decode": {"base_ms": 0}}
 _PACED: dict[str, Any] = {"prefill": {"per_token_us": 2}, "decode": {"base_ms": 0.3}}
 _EOS: dict[str, Any] = {"eos_probability": 0.5}
@@ -97,9 +114,29 @@ def _sim(name: str, cost: Mapping[str, Any], **settings: Any) -> EngineKind:
 SMALL_POOL = 20 * BLOCK_SIZE
 
 
+_TRTLLM: dict[str, Any] = {
+    "enable_iter_perf_stats": True,
+    "kv_cache_config__event_buffer_max_size": 4096,
+    "cache_transceiver_config__backend": "UCX",
+    "cache_transceiver_config__kv_transfer_timeout_ms": 5000,
+}
+
 KINDS = (
     _sim("sim", _FREE),
     _sim("sim_paced", _PACED),
     _sim("sim_small_pool", _FREE, kv_cache_config__max_tokens=SMALL_POOL),
     EngineKind("torch", "torch", _write_tiny_llama, _break_plan_of("torch")),
+    # The adapter, on the stand-in that conftest.py puts in TensorRT-LLM's place.
+    EngineKind(
+        "trtllm",
+        "trtllm",
+        _write_tiny_llama,
+        _kill_trtllm,
+        _TRTLLM,
+        moves_own_kv=True,
+        figures_lag=True,
+    ),
 )
+
+# Their blocks can be read and written here.
+POOL_KINDS = tuple(kind for kind in KINDS if not kind.moves_own_kv)

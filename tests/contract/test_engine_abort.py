@@ -35,8 +35,9 @@ async def test_abort_ends_a_running_stream_within_a_step_and_frees_its_blocks(
     assert len(answer.tokens) <= num_tokens + 1
     # Two at most: the step in flight and one that a thread may have begun meanwhile.
     assert len(mate.tokens) <= mate_tokens + 2
-    active = engine.stats().active_blocks
-    assert active <= -(-(10 + len(mate.tokens) + 2) // BLOCK_SIZE)
+    if not harness.kind.figures_lag:
+        active = engine.stats().active_blocks
+        assert active <= -(-(10 + len(mate.tokens) + 2) // BLOCK_SIZE)
     assert len((await mate.end()).tokens) == 200
     check_idle(engine)
 

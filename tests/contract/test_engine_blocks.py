@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.contract.engines import BLOCK_SIZE
+from tests.contract.handoffs import stats_where
 from tests.contract.harness import (
     Answer,
     Follower,
@@ -36,7 +37,7 @@ async def test_an_oversubscribed_pool_finishes_every_request(harness: Harness, r
     for index, answer in enumerate(answers):
         assert len((await answer.end()).tokens) == 50 + 3 * index
         check_sum(engine.stats())
-    assert engine.stats().preemptions > 0
+    assert harness.kind.figures_lag or engine.stats().preemptions > 0
     assert engine.stats().finished == 24
     check_idle(engine)
     if not reuse:
@@ -51,12 +52,11 @@ async def test_stats_count_what_happened(harness: Harness) -> None:
     prompt = prompt_of(0, 40)
     await tokens_of(engine, prompt, 5)
     await tokens_of(engine, prompt, 7)
-    stats = engine.stats()
+    stats = await stats_where(engine, lambda stats: stats.num_steps >= 12)
     assert stats.prompt_tokens == 80
     assert stats.cached_prompt_tokens == 2 * BLOCK_SIZE
     assert stats.output_tokens == 12
     assert stats.finished == 2
-    assert stats.num_steps >= 12
     assert (stats.preemptions, stats.aborts) == (0, 0)
     assert stats.cached_blocks == 2
     check_idle(engine)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.engines import BLOCK_SIZE, VOCAB_SIZE
+from tests.contract.engines import BLOCK_SIZE, POOL_KINDS, VOCAB_SIZE, EngineKind
 from tests.contract.handoffs import (
     ask_prefill,
     ask_reserve,
@@ -43,6 +43,13 @@ LENGTHS = (1, 5, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE, 50,
 OUTPUT = 24
 POOL = 4096
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 11}
+
+
+@pytest.fixture(params=POOL_KINDS, ids=[kind.name for kind in POOL_KINDS])
+def engine_kind(request: pytest.FixtureRequest) -> EngineKind:
+    """Each engine whose blocks are moved from outside."""
+    kind: EngineKind = request.param
+    return kind
 
 
 def num_blocks(length: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.engines import BLOCK_SIZE, VOCAB_SIZE
+from tests.contract.engines import BLOCK_SIZE, POOL_KINDS, VOCAB_SIZE, EngineKind
 from tests.contract.handoffs import (
     Once,
     ask_prefill,
@@ -35,6 +35,13 @@ from trtllm_workers.errors import ContextTooLong, EngineDead, EngineError, Reque
 from trtllm_workers.types import FinishReason, Prefilled, Reservation, TokenChunk
 
 # --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=POOL_KINDS, ids=[kind.name for kind in POOL_KINDS])
+def engine_kind(request: pytest.FixtureRequest) -> EngineKind:
+    """Each engine whose blocks are moved from outside."""
+    kind: EngineKind = request.param
+    return kind
 
 
 @pytest.mark.parametrize("ask_for", [ask_prefill, ask_reserve])

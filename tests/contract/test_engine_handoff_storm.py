@@ -6,7 +6,9 @@ import asyncio
 import random
 from typing import Any
 
-from tests.contract.engines import BLOCK_SIZE
+import pytest
+
+from tests.contract.engines import BLOCK_SIZE, POOL_KINDS, EngineKind
 from tests.contract.handoffs import ask_prefill, ask_reserve, copy_kv, holds_nothing, resume
 from tests.contract.harness import (
     DEADLINE_S,
@@ -110,6 +112,13 @@ class Storm:
         if chance.random() < 0.3:
             await answer.reaches(chance.randrange(LONGEST // 2))
             engine.abort(answer.request.request_id)
+
+
+@pytest.fixture(params=POOL_KINDS, ids=[kind.name for kind in POOL_KINDS])
+def engine_kind(request: pytest.FixtureRequest) -> EngineKind:
+    """Each engine whose blocks are moved from outside."""
+    kind: EngineKind = request.param
+    return kind
 
 
 async def test_a_storm_of_handoffs_leaves_no_block_held(harness: Harness) -> None:

@@ -117,7 +117,7 @@ async def test_tokens_do_not_depend_on_preemption(
             for i, length in enumerate(LENGTHS)
         ]
         assert [(await answer.end()).tokens for answer in answers] == expected
-    assert engine.stats().preemptions > 0
+    assert harness.kind.figures_lag or engine.stats().preemptions > 0
     assert engine.stats().active_blocks == 0
 
 

@@ -15,6 +15,7 @@ from trtllm_workers.types import EngineInfo, EngineStats, GenerateRequest, KvEve
 
 # Statistics of the warm-up request tell how many blocks there are; they come right after it.
 _FIRST_STATS_S = 5.0
+_CANCEL_AGAIN_S = 0.1
 
 
 class Books:
@@ -37,7 +38,11 @@ class Books:
         self._totals = EngineStats()
 
     async def start(self, info: EngineInfo) -> EngineInfo:
-        """Begin to follow, after the first request; return ``info`` with the blocks there really are."""
+        """Begin to follow, after the first request; return ``info`` with the blocks there really are.
+
+        That first request was our own, and does not count.
+        """
+        self._totals = EngineStats()
         for what, call, take in (
             ("statistics", self._llm.get_stats_async, self._take_stats),
             ("KV events", self._llm.get_kv_cache_events_async, self._take_event),
@@ -115,9 +120,8 @@ class Books:
         total = self._info.num_blocks
         newest = self._newest
         # An iteration's figures stand until the next one; an engine without requests makes none.
-        active = (
-            min(self._kv("usedNumBlocks") or sum(self._held.values()), total) if self._held else 0
-        )
+        held = sum(self._held.values())
+        active = min(self._kv("usedNumBlocks") or held, held, total)
         cached = min(len(self._events), total - active)
         waiting = min(int(newest.get("numQueuedRequests") or 0), len(self._held))
         return msgspec.structs.replace(
@@ -133,9 +137,11 @@ class Books:
 
     async def close(self) -> None:
         """Stop following."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while running := [task for task in self._tasks if not task.done()]:
+            # More than once: a wait_for inside that has just got its result swallows a cancellation.
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running, timeout=_CANCEL_AGAIN_S)
         self._events.close()
 
 

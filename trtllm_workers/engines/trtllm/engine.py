@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import structlog
@@ -73,6 +74,8 @@ class TrtllmEngine:
         self._death: EngineDead | None = None
         self._has_died = asyncio.Event()
         self._doubting: asyncio.Task[None] | None = None
+        # Loading and ending block; both happen in one thread, which is the only one that does.
+        self._thread = ThreadPoolExecutor(1, "trtllm")
         self._started = False
         self._closed = False
 
@@ -84,8 +87,9 @@ class TrtllmEngine:
         require_role_settings(config, own)
         model = read_hf_model(self._options.model_path)
         self._options.on_progress(0.0)
-        api = await asyncio.to_thread(load_api)
-        self._llm = await asyncio.to_thread(self._load, api)
+        loop = asyncio.get_running_loop()
+        api = await loop.run_in_executor(self._thread, load_api)
+        self._llm = await loop.run_in_executor(self._thread, self._load, api)
         if self._closed:
             await self._shut_down()
             raise EngineDead("the engine was closed while it loaded")
@@ -138,8 +142,10 @@ class TrtllmEngine:
                 f"TensorRT-LLM {api.version} refuses the engine config: {in_words(error)}",
                 param="engine_config",
             ) from error
-        except Exception as error:
-            raise EngineDead(f"TensorRT-LLM did not start: {in_words(error)}") from error
+        except Exception as error:  # too few GPUs, too little memory, a rank that did not come up
+            raise ConfigError(
+                f"TensorRT-LLM did not start: {in_words(error)}", param="engine_config"
+            ) from error
 
     async def _wire(self) -> str:
         """Return the transport that the transceiver was seen to use. Raises ConfigError for another one."""
@@ -232,18 +238,24 @@ class TrtllmEngine:
             self._streams.close()
         if self._books is not None:
             await self._books.close()
-        await self._shut_down()
-        if self._streams is not None:
-            await self._streams.stop_reading()
+        hangs = True
+        try:
+            await self._shut_down()
+            hangs = False
+        finally:
+            self._thread.shutdown(wait=not hangs)
+            if self._streams is not None:
+                await self._streams.stop_reading()
 
     async def _shut_down(self) -> None:
         """Let TensorRT-LLM end its ranks. Raises EngineDead when it does not in time."""
         llm, self._llm = self._llm, None
         if llm is None:
             return
+        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
-                await asyncio.to_thread(llm.shutdown)
+                await loop.run_in_executor(self._thread, llm.shutdown)
         except TimeoutError:
             raise EngineDead(
                 f"TensorRT-LLM did not shut down within {_SHUTDOWN_TIMEOUT_S:.0f} s; only the end of the "

@@ -18,8 +18,10 @@ from trtllm_workers.engines.event_log import Change
 from trtllm_workers.types import KvEventKind
 
 _UNSIGNED = 1 << 64
-# Requests whose first block is remembered, to tell apart what only differs in salt or adapter.
+# Requests whose first block is remembered, to tell apart what only differs in salt or adapter; and how many
+# of those a block may have before they are not told apart any more.
 _REMEMBERED = 4096
+_MOST_NAMESPACES = 16
 
 
 @dataclass(slots=True)
@@ -48,6 +50,7 @@ class KvIndex:
         self._holders: dict[bytes, int] = {}  # our hash → how many ranks hold it
         self._roots: dict[str, bytes] = {}
         self._seen: OrderedDict[tuple[int, ...], set[str]] = OrderedDict()
+        self._first_ids: OrderedDict[bytes, int] = OrderedDict()  # first block → its engine hash
         self.counts = IndexCounts()
 
     def root(self, namespace: str) -> bytes:
@@ -64,7 +67,7 @@ class KvIndex:
             return
         first = tuple(prompt[: self._block_size])
         namespaces = self._seen.setdefault(first, set())
-        if len(namespaces) < 2:  # two are as ambiguous as many
+        if len(namespaces) <= _MOST_NAMESPACES:
             namespaces.add(namespace)
         self._seen.move_to_end(first)
         if len(self._seen) > _REMEMBERED:
@@ -129,15 +132,15 @@ class KvIndex:
             if len(tokens) != self._block_size:
                 self.counts.partial += 1
                 return  # only the last of a chain can be partial
+            engine_hash = block["block_hash"] % _UNSIGNED
             if parent is None:
-                root = self._root_of(tuple(tokens))
-                if root is None:
+                first = self._first_block(tuple(tokens), engine_hash)
+                if first is None:
                     self.counts.ambiguous += 1
                     return
-                digest = block_hash(root, tokens)
+                digest = first
             else:
                 digest = block_hash(parent, tokens)
-            engine_hash = block["block_hash"] % _UNSIGNED
             if engine_hash not in rank:
                 rank[engine_hash] = digest
                 held = self._holders.get(digest, 0)
@@ -146,12 +149,29 @@ class KvIndex:
                     yield Change(KvEventKind.STORED, (digest,), parent)
             parent = digest
 
-    def _root_of(self, tokens: tuple[int, ...]) -> bytes | None:
-        """Return the root that a first block hangs on; None when several could be meant."""
+    def _first_block(self, tokens: tuple[int, ...], engine_hash: int) -> bytes | None:
+        """Return our hash of a first block; None when several namespaces could own it.
+
+        Equal tokens of one namespace always have one engine hash, so a namespace that is known by another
+        one is not meant.
+        """
         namespaces = self._seen.get(tokens) or {""}
-        if len(namespaces) > 1:
+        if len(namespaces) > _MOST_NAMESPACES:
             return None
-        return self.root(next(iter(namespaces)))
+        possible = []
+        for namespace in namespaces:
+            digest = block_hash(self.root(namespace), tokens)
+            known = self._first_ids.get(digest)
+            if known == engine_hash:
+                return digest
+            if known is None:
+                possible.append(digest)
+        if len(possible) != 1:
+            return None
+        self._first_ids[possible[0]] = engine_hash
+        if len(self._first_ids) > _REMEMBERED:
+            self._first_ids.popitem(last=False)
+        return possible[0]
 
     def _removed(self, rank: dict[int, bytes], hashes: Sequence[int]) -> Iterator[Change]:
         for engine_hash in hashes:

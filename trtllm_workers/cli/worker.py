@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +23,9 @@ from trtllm_workers.deploy.names import WORKER_OPTIONS
 
 # Listening on these reaches everybody, but nobody can connect to them.
 _EVERY_ADDRESS = ("0.0.0.0", "::")
+
+if TYPE_CHECKING:
+    from trtllm_workers.config.settings import Settings
 
 WORKER_ID = Option(
     name="worker_id",
@@ -65,6 +71,23 @@ PORT = Option(
 )
 
 
+def _engine_options(settings: Settings, role: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what the engine is told besides its config; see ``EngineOptions.extra``."""
+    if settings.engine != "trtllm":
+        cost = settings.sim_cost_model
+        return {"cost_path": str(cost)} if cost else {}
+    from trtllm_workers.config.env import PROCESS_LOG
+
+    found = {
+        "role": role,
+        "loras": json.dumps({name: str(folder.absolute()) for name, folder in settings.lora}),
+    }
+    if log := environ.get(PROCESS_LOG, ""):
+        # What stands in it already is an earlier process's.
+        found |= {"log": log, "log_begin": str(os.path.getsize(log) if os.path.exists(log) else 0)}
+    return found
+
+
 class _WorkerCommand(GroupedCommand):
     """A command whose arguments may come in a variable, where a program would split them on its way."""
 
@@ -101,8 +124,7 @@ def command(**values: Any) -> int:
     settings, engine_config = prepared.settings, prepared.engine_configs[Role(role)]
     worker_id = own_value(WORKER_ID, values["worker_id"])
     discovery = discovery_of(settings)
-    cost = settings.sim_cost_model
-    extra = {"cost_path": str(cost)} if cost else {}
+    extra = _engine_options(settings, role, environ)
     if WORLD_SIZE in environ and mpi_rank(environ) == 0:  # a world that never forms is told as such
         ranks = f"MPI world of {environ[WORLD_SIZE]} ranks"
         StatusFile(status_file).report("starting", detail=ranks)

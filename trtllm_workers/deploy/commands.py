@@ -107,7 +107,9 @@ def _flags(settings: Settings, names: Sequence[str], **instead: object) -> list[
             continue
         value: Any = instead.get(option.name, getattr(settings, option.name))
         given = settings.sources[option.name] != "default"
-        if value is None or not (given or option.name in _ALWAYS):
+        # Said to TensorRT-LLM it would win over the transport that its engine config names.
+        silent = option.name == "kv_transport" and settings.engine == "trtllm"
+        if value is None or not (given or (option.name in _ALWAYS and not silent)):
             continue
         for one in value if option.multiple else (value,):
             words += _flag(option, one)

@@ -12,9 +12,9 @@ from typing import Any
 
 from tests.fakes.planes import MemoryDiscovery
 from tests.fakes.tiny_models import make_tiny_checkpoint
-from trtllm_workers.config.keys import EngineConfig, default_config
+from trtllm_workers.config.keys import EngineConfig, Setting, default_config
 from trtllm_workers.engines.base import Engine, EngineOptions, generate
-from trtllm_workers.engines.registry import build_engine, engine_keys
+from trtllm_workers.engines.registry import KEYED_ENGINES, build_engine, engine_keys
 from trtllm_workers.errors import PeerLost
 from trtllm_workers.observe.status import StatusFile
 from trtllm_workers.planes.base import Lease, Peer
@@ -51,8 +51,23 @@ SMALL = {
 }
 
 
+# What the launcher writes for the role, and what a tiny model on a CPU needs.
+TRTLLM = {
+    "enable_chunked_prefill": True,
+    "enable_iter_perf_stats": True,
+    "kv_cache_config__event_buffer_max_size": 1024,
+    "cache_transceiver_config__backend": "UCX",
+    "cache_transceiver_config__kv_transfer_timeout_ms": 5000,
+}
+
+
 def config_of(engine: str, **changes: Any) -> EngineConfig:
-    return default_config(engine, engine_keys(engine), **{**SMALL, **changes})
+    if engine in KEYED_ENGINES:
+        return default_config(engine, engine_keys(engine), **{**SMALL, **changes})
+    given = {**SMALL, **TRTLLM, **changes}
+    return EngineConfig(
+        engine, {name.replace("__", "."): Setting(value, "test") for name, value in given.items()}
+    )
 
 
 @dataclass
@@ -165,14 +180,14 @@ class Cluster:
         options = EngineOptions(
             model_path=model_path or self.folder,
             config=config_of(self.engine, **config),
-            extra=extra or {},
+            extra={"role": str(role), **(extra or {})} if self.engine == "trtllm" else extra or {},
         )
         engine = wrap(build_engine(self.engine, options))
         stack.push_async_callback(engine.close)
         info = await engine.start()
         transports: list[KvTransport] = []
         for name in (transport or self.transport).split(","):
-            if role is Role.AGGREGATED:
+            if role is Role.AGGREGATED or engine.kv_pool is None:
                 break
             kv_transport = open_transport(
                 name,
@@ -180,7 +195,6 @@ class Cluster:
                 host="127.0.0.1",
                 on_notify=lambda _peer, _message: None,
             )
-            assert engine.kv_pool is not None
             await kv_transport.start(engine.kv_pool)
             transports.append(kv_transport)
             stack.push_async_callback(kv_transport.close)

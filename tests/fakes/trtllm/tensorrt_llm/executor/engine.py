@@ -71,6 +71,7 @@ class Work:
     output: RequestOutput
     params: DisaggregatedParams | None
     salt: str
+    error: BaseException | None = None
     tokens: list[int] = field(default_factory=list)
     buffered: list[Response] = field(default_factory=list)
     fetching: bool = False
@@ -213,8 +214,10 @@ class Executor:
             return
         if self._control.wedged:
             return
-        if self._control.fail_next:
-            self._answer(work, Response(error=self._control.fail_next.pop(0)))
+        if work.error is None and self._control.fail_next:
+            work.error = self._control.fail_next.pop(0)
+        if work.error is not None:
+            self._answer(work, Response(error=work.error))
             return
         self._works[work.number] = work
         self._learn(work)

@@ -153,19 +153,20 @@ class LLM:
         self._stats.mark_undone()
         self._events.mark_undone()
         work = Work(number, prompt, sampling, output, disaggregated_params, salt)
-        self._steer(sampling)
+        self._steer(work)
         self._run.add(work)
         return output
 
-    def _steer(self, sampling: SamplingParams) -> None:
+    def _steer(self, work: Work) -> None:
         if os.environ.get("FAKE_TRTLLM_SEEDS") != "1":
             return
-        if sampling.seed == DIE_SEED:
+        seed = work.sampling.seed
+        if seed == DIE_SEED:
             self.die(RuntimeError("CUDA error: an illegal memory access was encountered"))
-        elif sampling.seed == WEDGE_SEED:
+        elif seed == WEDGE_SEED:
             self.fake.wedge()
-        elif sampling.seed == FAIL_SEED:
-            self.fake.fail_next_request(RequestError("this request was made to fail"))
+        elif seed == FAIL_SEED:
+            work.error = RequestError("this request was made to fail")
 
     def die(self, error: BaseException) -> None:
         """For tests: what is open raises this."""

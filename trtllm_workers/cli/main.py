@@ -27,6 +27,7 @@ COMMANDS = {
     "worker": "Run one worker: an engine behind the request plane.",
     "ps": "List runs and their processes.",
     "stop": "End a run, with everything it started.",
+    "lint": "Check engine configs for TensorRT-LLM: keys, roles, pairs, memory.",
     "doctor": "Check this machine: what is there, what is missing, how to get it.",
 }
 _EXIT_CONFIGURATION = 2

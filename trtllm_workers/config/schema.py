@@ -16,6 +16,7 @@ from typing import Any
 TRTLLM_VERSION = "1.2.1"
 _FILE = re.compile(r"trtllm_(\d+(?:_\d+)*)\.json")
 _TOP = "TorchLlmArgs"
+_LITERAL = re.compile(r"'([^']*)'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,7 @@ def _spec(one: Mapping[str, Any]) -> KeySpec:
         type=one["type"],
         default=one.get("default"),
         required=one.get("required", False),
-        choices=tuple(one.get("choices", ())),
+        choices=tuple(one.get("choices") or _LITERAL.findall(one["type"])),
         any_case=one.get("any_case", False),
         minimum=one.get("min"),
         maximum=one.get("max"),

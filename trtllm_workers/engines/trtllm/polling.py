@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -32,9 +33,11 @@ class Rearm:
         """A request was submitted."""
         self._news.set()
 
-    async def wait(self) -> None:
-        """Wait for the next request; one that came since the last wait counts."""
-        await self._news.wait()
+    async def wait(self, timeout_s: float | None = None) -> None:
+        """Wait for the next request, at most so long; one that came since the last wait counts."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
         self._news.clear()
 
 
@@ -53,8 +56,10 @@ async def poll(
     pause_s, told = _FIRST_PAUSE_S, ""
     while True:
         try:
+            came = False
             async for item in call(ROUND_S):
                 take(json.loads(item) if isinstance(item, str | bytes) else item)
+                came = True
             pause_s = _FIRST_PAUSE_S
         except AssertionError:
             await rearm.wait()  # nothing was submitted yet
@@ -66,7 +71,7 @@ async def poll(
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
             continue
-        if is_busy():
-            await asyncio.sleep(0)  # a result that ends at once must not keep the loop
-        else:
-            await rearm.wait()
+        if came and is_busy():
+            await asyncio.sleep(0)
+        else:  # a result that has ended stays ended until the next request, and must not keep the loop
+            await rearm.wait(ROUND_S if is_busy() else None)

@@ -27,7 +27,10 @@ class Phase(Enum):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One request. ``result`` is TensorRT-LLM's, ``task`` reads it. ``deliver`` None: nobody listens any more."""
+    """One request. ``result`` is TensorRT-LLM's, ``task`` reads it. ``deliver`` None: nobody listens any more.
+
+    ``brought``: its prompt was computed elsewhere, so what was cached there counts there.
+    """
 
     request: GenerateRequest
     phase: Phase
@@ -36,6 +39,7 @@ class Entry:
     task: asyncio.Task[None] | None = None
     timer: asyncio.TimerHandle | None = None
     aborted: bool = False
+    brought: bool = False
     began_s: float = 0.0
 
     @property

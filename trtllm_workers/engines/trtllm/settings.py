@@ -82,7 +82,13 @@ def engine_info(
         tokens = value("kv_cache_config.max_tokens", max_batch_size * max_seq_len)
         num_blocks = max(1, tokens // block_size)
     native = options.role is not Role.AGGREGATED and transceiver_of(config)
-    guided = value("guided_decoding_backend", None)
+    missing = set()
+    if not value("guided_decoding_backend", None):
+        missing.add("guided")
+    if value("speculative_config.decoding_type", None):
+        missing.add(
+            "logprobs"
+        )  # such a request crashes a worker that speculates (TensorRT-LLM #12546)
     return EngineInfo(
         engine="trtllm",
         model_path=str(model_path),
@@ -94,7 +100,7 @@ def engine_info(
         max_num_tokens=value("max_num_tokens", _MAX_NUM_TOKENS),
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
-        capabilities=tuple(name for name in CAPABILITIES if guided or name != "guided"),
+        capabilities=tuple(name for name in CAPABILITIES if name not in missing),
         kv_transport="engine-native" if native else "none",
         kv_wire=kv_wire,
         max_prompt_len=value(f"{_TRANSCEIVER}.max_tokens_in_buffer", 0) if native else 0,

@@ -206,6 +206,7 @@ class Streams:
 
     def _fetch(self, entry: Entry, first: TokenChunk, params: Any) -> None:
         entry.phase = Phase.FETCHING
+        entry.brought = True
         sampling = trtllm_sampling(self._api, entry.request.sampling, self.info)
         try:
             self._call(entry, sampling, streaming=True, disaggregated_params=params)
@@ -301,7 +302,8 @@ class Streams:
             )
 
     def _end(self, entry: Entry, chunk: TokenChunk, num_output: int) -> None:
-        self._leave(entry, chunk.cached_tokens, num_output, aborted=entry.aborted)
+        cached_tokens = 0 if entry.brought else chunk.cached_tokens
+        self._leave(entry, cached_tokens, num_output, aborted=entry.aborted)
         self._tell(entry, self._last(entry, chunk))
 
     def _last(self, entry: Entry, chunk: TokenChunk) -> TokenChunk:

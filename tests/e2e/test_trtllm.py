@@ -9,6 +9,7 @@ import concurrent.futures
 import os
 import re
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ PROMPTS = [
 ]
 # The demo model on a CPU: TensorRT-LLM's defaults are meant for a GPU's memory.
 SMALL = ("--set", "max_num_tokens=512", "--set", "max_batch_size=16")
+
 
 @pytest.fixture
 def gpu_host(bench: Workbench) -> Workbench:
@@ -94,18 +96,21 @@ def test_disaggregated_answers_equal_aggregated_ones(
     assert parts.metric("prefill_fallbacks_total") == 0
     # What TensorRT-LLM's own log said, and not what was asked for.
     listed = gpu_host.run("ps")
-    assert re.search(rf"decode-0\s+prefill-0\s+engine-native\s+{transport.upper()}\s", listed.output)
+    assert re.search(
+        rf"decode-0\s+prefill-0\s+engine-native\s+{transport.upper()}\s", listed.output
+    )
     stop(run)
     gpu_host.wait_empty()
 
 
-def test_a_worker_of_two_ranks_is_one_mpi_world(
-    gpu_host: Workbench, expected: list[str]
-) -> None:
+def test_a_worker_of_two_ranks_is_one_mpi_world(gpu_host: Workbench, expected: list[str]) -> None:
+    beside = Path(sys.executable).parent  # the mpirun of this environment's MPICH
+    gpu_host.environ["PATH"] = f"{beside}:{gpu_host.environ['PATH']}"
     run, url = gpu_host.up("--set", "tensor_parallel_size=2", *SMALL)
     assert answers(url) == expected
-    ranks = [command for command in gpu_host.survivors().values() if " worker " in command]
-    assert sum("mpiexec" not in command and "mpirun" not in command for command in ranks) == 2
+    commands = [one for one in gpu_host.survivors().values() if " worker --worker-id" in one]
+    assert sum("mpiexec" not in one and "mpirun" not in one for one in commands) == 2
+    assert "run mgmn worker node with mpi_world_size: 2" in run.output  # TensorRT-LLM's own loop
     stop(run)
     gpu_host.wait_empty()
 

@@ -22,7 +22,7 @@ def command(show_config: bool, **values: Any) -> int:
     from trtllm_workers.deploy.commands import as_shell
 
     prepared, plan = planned(explicit(values), environment(), to_start=False)
-    warn(prepared.settings.warnings)
+    warn((*prepared.settings.warnings, *prepared.notes))
     if show_config:
         tables = [f"launcher settings\n\n{show_settings(prepared.settings)}"]
         for role, config in prepared.engine_configs.items():

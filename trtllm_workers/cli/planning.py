@@ -18,11 +18,13 @@ def planned(
 
     Only a plan ``to_start`` makes the folder for runs; one to look at leaves nothing behind.
     """
-    prepared = prepare(given, environ)
+    prepared = prepare(given, environ, to_start=to_start)
     settings = prepared.settings
     root = settings.run_dir.absolute()
     if to_start:
         root = usable_root(settings.run_dir, chosen=settings.sources["run_dir"] != "default")
     folder = RunFolder(root / new_run_id(root))
-    plan = make_plan(settings, take_inventory(environ), folder, prepared.engine_configs)
+    plan = make_plan(
+        settings, take_inventory(environ, settings.engine), folder, prepared.engine_configs
+    )
     return prepared, plan

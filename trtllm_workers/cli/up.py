@@ -32,7 +32,7 @@ def command(dry_run: bool, **values: Any) -> int:
 
     environ = environment()
     prepared, plan = planned(explicit(values), environ, to_start=not dry_run)
-    warn(prepared.settings.warnings)
+    warn((*prepared.settings.warnings, *prepared.notes))
     if dry_run:
         print(as_shell(plan))
         return 0

@@ -133,7 +133,7 @@ def command(**values: Any) -> int:
         begin_logs(f"{worker_id} rank {rank}", settings)
         follow(settings, engine_config, extra)
         return 0
-    warn_alone(settings.warnings, environ)
+    warn_alone((*settings.warnings, *prepared.notes), environ)
     begin_logs(worker_id, settings)
 
     # These take a moment to load; everything that could be wrong was found before.

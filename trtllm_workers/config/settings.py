@@ -12,7 +12,7 @@ A caller does::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,13 @@ __all__ = ["GROUPS", "LAUNCH_OPTIONS", "Option", "Settings", "resolve", "show_se
 
 _SHORTEST_SECRET = 16
 _SHIPPED_CONFIG = "agg.yaml"
-_AUTO_ENGINE = "torch"
+
+# What ``auto`` stands for on this host: the engine, and why ("": nobody looked).
+AutoEngine = Callable[[], tuple[str, str]]
+
+
+def _torch_unseen() -> tuple[str, str]:
+    return "torch", ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,7 @@ def resolve(
     demo: tuple[Path, str] | None = None,
     with_model: bool = True,
     of_one_part: bool = False,
+    auto_engine: AutoEngine = _torch_unseen,
 ) -> Settings:
     """Return the settings of this run: ``explicit`` over ``environ`` over the defaults.
 
@@ -102,14 +109,15 @@ def resolve(
     () means not given. ``demo`` is (folder, served name) of the model to take when none is given.
     ``with_model`` False is for a process without one: ``model_path`` is then not looked at.
     ``of_one_part`` is for one process of a deployment: it does not know which others there are, so
-    nothing is said of settings without effect on them.
+    nothing is said of settings without effect on them. ``auto_engine`` is asked when the engine is
+    ``auto``.
     Raises ConfigError naming every wrong flag and variable at once; ``param`` is the first's name.
     """
     unknown = set(explicit) - {option.name for option in LAUNCH_OPTIONS}
     if unknown:
         raise TypeError(f"not in LAUNCH_OPTIONS: {', '.join(sorted(unknown))}")
     layers = Layers(explicit, environ)
-    _settle_engine(layers)
+    _settle_engine(layers, auto_engine)
     settle_disaggregation(layers, of_one_part=of_one_part)
     if with_model:
         _settle_model(layers, environ, demo)
@@ -127,11 +135,12 @@ def resolve(
     return Settings(**layers.values, sources=layers.sources, warnings=warnings)
 
 
-def _settle_engine(layers: Layers) -> None:
+def _settle_engine(layers: Layers, auto_engine: AutoEngine) -> None:
     values = layers.values
     if values["engine"] == "auto":
-        values["engine"] = _AUTO_ENGINE
-        layers.sources["engine"] += f" (auto takes {_AUTO_ENGINE})"
+        values["engine"], why = auto_engine()
+        because = f": {why}" if why else ""
+        layers.sources["engine"] += f" (auto takes {values['engine']}{because})"
     if values["engine_config"] is None:
         layers.default("engine_config", shipped_engine_config(_SHIPPED_CONFIG))
     if wrong := file_problem(values["sim_cost_model"]):

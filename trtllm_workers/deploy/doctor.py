@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,15 +19,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.settings import Settings
+from trtllm_workers.deploy.ask import ask as _ask
 from trtllm_workers.deploy.findings import Finding, note, ok, problem
 from trtllm_workers.deploy.inventory import mpiexec_path
 from trtllm_workers.deploy.ports import require_free_port
-from trtllm_workers.deploy.prepare import Prepared, prepare
+from trtllm_workers.deploy.prepare import Prepared, prepare, prepare_settings
 from trtllm_workers.deploy.run import Run
+from trtllm_workers.deploy.trtllm_facts import find_facts
+from trtllm_workers.deploy.trtllm_host import judge
 from trtllm_workers.errors import ConfigError
+from trtllm_workers.types import Role
 
-_ASK_TIMEOUT_S = 60.0
 _GIB = 1 << 30
 _REQUIRED = (
     "click",
@@ -82,13 +85,16 @@ def examine(
     """Return the findings for the configuration that ``up`` would take from these flags."""
     findings = [_system(), _python(), *_packages()]
     settings: Settings | None = None
+    configs: Mapping[Role, EngineConfig] = {}
     needed: set[str] = set()
     try:
         prepared = prepare(explicit, environ)
     except (ConfigError, FileNotFoundError) as wrong:
         findings.append(problem("settings", str(wrong).replace("\n", "; ")))
+        with suppress(ConfigError, FileNotFoundError):  # only an engine config was wrong
+            settings = prepare_settings(explicit, environ)
     else:
-        settings = prepared.settings
+        settings, configs = prepared.settings, prepared.engine_configs
         needed = _needed(prepared)
         findings.append(
             ok(
@@ -99,6 +105,8 @@ def examine(
         )
         findings += [note("settings", warning) for warning in settings.warnings]
     engine = settings.engine if settings else "torch"
+    if settings is not None and engine == "trtllm":
+        findings += judge(settings, configs, find_facts(environ, thorough=True))
     findings += [_torch(needed=engine == "torch"), _gpu(), _tokenizer(), _event_loop()]
     findings += [_memory(settings), _shared_memory(), _disk(settings), _open_files()]
     if settings is not None:
@@ -110,8 +118,10 @@ def examine(
 
 
 def _needed(prepared: Prepared) -> set[str]:
-    """Return which extras this configuration asks for."""
-    needed = set()
+    """Return which extras this configuration asks for; TensorRT-LLM brings its own UCX, NIXL and MPI."""
+    needed: set[str] = set()
+    if prepared.settings.engine == "trtllm":
+        return needed
     if prepared.settings.disaggregated:
         needed.add(prepared.settings.kv_transport)
     for config in prepared.engine_configs.values():
@@ -303,21 +313,6 @@ def _version(distribution: str) -> str | None:
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(distribution)
     return None
-
-
-def _ask(argv: Sequence[str], timeout_s: float = _ASK_TIMEOUT_S) -> tuple[str] | str:
-    """Return (what a program wrote,), or how it failed."""
-    try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {timeout_s:.0f} s"
-    except OSError as wrong:
-        return wrong.strerror or str(wrong)
-    if done.returncode != 0:
-        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return (done.stdout,)
 
 
 def _meminfo(field: str) -> int:

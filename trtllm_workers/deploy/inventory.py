@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from trtllm_workers.deploy.ask import ask
 from trtllm_workers.deploy.plan import Inventory
 from trtllm_workers.deploy.shares import CUDA, THREADS
 
 # Any one of them will do: NIXL has a module for each CUDA version.
 _TRANSPORT_MODULES = {"ucx": ("ucxx",), "nixl": ("nixl_cu12", "nixl_cu13", "nixl")}
+_MPIRUN_TIMEOUT_S = 5.0
+# How mpirun --version names whose it is; MPICH's program is called Hydra.
+_FLAVOURS = (("(Open MPI)", "openmpi"), ("HYDRA build details", "mpich"))
 
 
-def take_inventory(environ: Mapping[str, str]) -> Inventory:
-    """Return what a plan may use here; GPUs are counted by their device files, in no time."""
+def take_inventory(environ: Mapping[str, str], engine: str = "") -> Inventory:
+    """Return what a plan may use here; GPUs are counted by their device files, in no time.
+
+    Only for engine trtllm is mpirun looked for and asked whose it is.
+    """
+    mpirun, flavour = find_mpirun(environ) if engine == "trtllm" else ("", "")
     mpiexec = mpiexec_path()
     lacks = [] if mpiexec else ["mpiexec"]
     if not _has_module("mpi4py"):
@@ -34,6 +43,10 @@ def take_inventory(environ: Mapping[str, str]) -> Inventory:
             for name, modules in _TRANSPORT_MODULES.items()
             if not any(_has_module(module) for module in modules)
         },
+        mpirun=mpirun,
+        mpi_flavour=flavour,
+        in_slurm_job=engine == "trtllm" and bool(environ.get("SLURM_JOB_ID")),
+        host_env=environ,
     )
 
 
@@ -48,6 +61,21 @@ def mpiexec_path() -> str:
     """
     path = Path(sys.executable).with_name("mpiexec")
     return str(path) if os.access(path, os.X_OK) else ""
+
+
+def find_mpirun(environ: Mapping[str, str]) -> tuple[str, str]:
+    """Return the path of mpirun and whose it is (``openmpi``, ``mpich``, "": neither); or "", ""."""
+    # TensorRT-LLM brings no MPI: what is on PATH is the library that its mpi4py was built with.
+    path = shutil.which("mpirun", path=environ.get("PATH", os.defpath))
+    if path is None:
+        return "", ""
+    said = ask([path, "--version"], _MPIRUN_TIMEOUT_S)
+    return path, mpi_flavour(said[0]) if isinstance(said, tuple) else ""
+
+
+def mpi_flavour(version_text: str) -> str:
+    """Return whose mpirun wrote this about its version: ``openmpi``, ``mpich`` or ""."""
+    return next((flavour for mark, flavour in _FLAVOURS if mark in version_text), "")
 
 
 def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:

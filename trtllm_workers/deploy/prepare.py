@@ -4,47 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trtllm_workers.config.disaggregation import require_same_blocks
-from trtllm_workers.config.engine_config import load_engine_config
 from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.options import LAUNCH_OPTIONS
 from trtllm_workers.config.settings import Settings, resolve
 from trtllm_workers.demo import DEMO_MODEL_NAME, demo_model_path
+from trtllm_workers.deploy.engine_configs import load_engine_configs
 from trtllm_workers.deploy.names import ENGINE_CONFIG_OF, worker_options
-from trtllm_workers.engines.registry import engine_keys
-from trtllm_workers.errors import ConfigError
+from trtllm_workers.deploy.trtllm_facts import find_facts, quick_facts
+from trtllm_workers.deploy.trtllm_host import choose_engine, require_trtllm
 from trtllm_workers.types import Role
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Settings of the launcher and of each role's engine, each value checked and with its source."""
+    """Settings of the launcher and of each role's engine, each value checked and with its source.
+
+    ``notes`` say what of the engine configs deserves the operator's eyes.
+    """
 
     settings: Settings
     engine_configs: Mapping[Role, EngineConfig]
+    notes: tuple[str, ...] = ()
 
 
-def prepare(explicit: Mapping[str, Any], environ: Mapping[str, str]) -> Prepared:
-    """Return what a start of a whole run needs. Raises ConfigError naming every problem at once."""
+def prepare(
+    explicit: Mapping[str, Any], environ: Mapping[str, str], *, to_start: bool = False
+) -> Prepared:
+    """Return what a start of a whole run needs. Raises ConfigError naming every problem at once.
+
+    Only ``to_start`` must this host have what the engine needs; a plan may be made anywhere.
+    """
     settings = prepare_settings(explicit, environ)
     roles = (Role.PREFILL, Role.DECODE) if settings.disaggregated else (Role.AGGREGATED,)
-    configs: dict[Role, EngineConfig] = {}
-    wrong: list[ConfigError] = []
-    for role in roles:
-        try:
-            configs[role] = _engine_config(settings, getattr(settings, ENGINE_CONFIG_OF[role]))
-        except ConfigError as error:
-            wrong.append(error)
-    if wrong:
-        # One file for both roles, or one --set, is wrong once.
-        texts = dict.fromkeys(str(error) for error in wrong)
-        raise ConfigError("\n".join(texts), param=wrong[0].param) from wrong[0]
-    if settings.disaggregated:
+    files = {role: getattr(settings, ENGINE_CONFIG_OF[role]) for role in roles}
+    loaded = load_engine_configs(settings, files, environ)
+    configs = loaded.configs
+    if settings.disaggregated and settings.engine != "trtllm":  # whose linter compares more
         require_same_blocks(configs[Role.PREFILL], configs[Role.DECODE])
-    return Prepared(settings, configs)
+    if to_start and settings.engine == "trtllm":
+        require_trtllm(settings, configs, find_facts(environ))
+    return Prepared(settings, configs, loaded.notes)
 
 
 def prepare_worker(explicit: Mapping[str, Any], environ: Mapping[str, str], role: Role) -> Prepared:
@@ -56,7 +58,8 @@ def prepare_worker(explicit: Mapping[str, Any], environ: Mapping[str, str], role
     only = [name for name in worker_options(role) if name != "engine_config"]
     settings = prepare_settings(explicit, environ, only=[*only, option])
     name = "engine_config" if explicit.get("engine_config") is not None else option
-    return Prepared(settings, {role: _engine_config(settings, getattr(settings, name))})
+    loaded = load_engine_configs(settings, {role: getattr(settings, name)}, environ)
+    return Prepared(settings, loaded.configs, loaded.notes)
 
 
 def prepare_settings(
@@ -77,9 +80,5 @@ def prepare_settings(
         demo=(demo_model_path(), DEMO_MODEL_NAME),
         with_model=only is None or "model_path" in only,
         of_one_part=only is not None,
+        auto_engine=lambda: choose_engine(quick_facts(environ)),
     )
-
-
-def _engine_config(settings: Settings, path: Path | None) -> EngineConfig:
-    keys = engine_keys(settings.engine)
-    return load_engine_config(settings.engine, keys, path, settings.overrides)

@@ -20,7 +20,7 @@ from trtllm_workers.errors import ConfigError
 from trtllm_workers.types import EngineInfo, Role
 
 MODEL = HfModel("m-1", 1000, 4096, (2,), frozenset({2}), {})
-NATIVE = {
+NATIVE: dict[str, Any] = {
     "cache_transceiver_config.backend": "UCX",
     "cache_transceiver_config.max_tokens_in_buffer": 2048,
     "cache_transceiver_config.kv_transfer_timeout_ms": 1500,

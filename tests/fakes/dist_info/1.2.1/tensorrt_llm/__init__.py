@@ -1,0 +1,1 @@
+"""Nothing: the facts about it are read without importing it."""

@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.e2e.harness import Process, Workbench
@@ -121,6 +122,30 @@ def test_a_worker_whose_engine_fails_is_started_again(
     run, url = gpu_host.up(*SMALL)
     os.kill(gpu_host.pid_of("worker-0"), signal.SIGKILL)
     run.wait_line(r"worker-0.*(1 of 3|restart)")
+    parts = Parts(gpu_host)
+    parts.url = url
+    parts.wait_ready()
+    assert answers(url) == expected
+    stop(run)
+    gpu_host.wait_empty()
+
+
+@pytest.mark.parametrize(
+    ("seed", "said"),
+    [(666001, "illegal memory access"), (666002, "the engine stands still")],
+    ids=["breaks", "wedges"],
+)
+def test_an_engine_that_breaks_or_stands_still_is_replaced(
+    gpu_host: Workbench, expected: list[str], seed: int, said: str
+) -> None:
+    """The stand-in breaks at one seed, and at another takes requests of which nothing comes."""
+    gpu_host.environ["FAKE_TRTLLM_SEEDS"] = "1"
+    run, url = gpu_host.up("--stall-timeout-s", "3", "--drain-timeout-s", "1", *SMALL)
+    body = {**completion("What is prefill?"), "seed": seed, "temperature": 0.5, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
+        assert "error" in answer.read().decode()
+    run.wait_line(said)
+    run.wait_line(r"worker-0.*1 of 3")
     parts = Parts(gpu_host)
     parts.url = url
     parts.wait_ready()

@@ -163,6 +163,7 @@ def command(**values: Any) -> int:
                 prefill_timeout_s=settings.prefill_timeout_s,
                 handoff_min_timeout_s=settings.handoff_min_timeout_s,
                 handoff_max_timeout_s=settings.handoff_max_timeout_s,
+                stall_timeout_s=settings.stall_timeout_s,
                 extra=extra,
             )
         )

@@ -30,6 +30,7 @@ from trtllm_workers.worker.ledger import Ledger
 from trtllm_workers.worker.pairing import open_kv_transports, owned_by, pair_statuses, start_pairs
 from trtllm_workers.worker.prefill_desk import HandoffLimits
 from trtllm_workers.worker.service import WorkerService
+from trtllm_workers.worker.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -53,6 +54,7 @@ class WorkerSettings:
       0: only when it connects.
     * ``prefill_timeout_s``: how long a decode worker waits for a prefill worker's offer.
       ``handoff_min_timeout_s`` and ``handoff_max_timeout_s`` bound the deadline of a transfer.
+    * ``stall_timeout_s``: an engine that makes no token and no step for so long is taken for dead; 0: never.
     * ``extra``: engine options that are not TensorRT-LLM keys, see ``EngineOptions``.
     """
 
@@ -75,6 +77,7 @@ class WorkerSettings:
     prefill_timeout_s: float = 60.0
     handoff_min_timeout_s: float = 5.0
     handoff_max_timeout_s: float = 120.0
+    stall_timeout_s: float = 120.0
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -171,8 +174,17 @@ async def serve_worker(settings: WorkerSettings) -> None:
             log.info(
                 "registered", model=record.model, role=str(record.role), address=str(mesh.address)
             )
-            ledger = Ledger(engine, owned_by(service, canary), service.meters)
-            died = await _serve_until(stop, engine, service, ledger, status)
+            watchdog = Watchdog(
+                settings.worker_id,
+                engine,
+                info,
+                lambda: service.progress,
+                timeout_s=settings.stall_timeout_s,
+            )
+            owned = owned_by(service, canary)
+            ledger = Ledger(engine, lambda: owned() | watchdog.request_ids, service.meters)
+            died = await _serve_until(stop, engine, service, ledger, watchdog, status)
+            watchdog.close()
             status.report("draining")
             if died is not None:
                 service.drain(str(died))
@@ -217,6 +229,7 @@ async def _serve_until(
     engine: Engine,
     service: WorkerService,
     ledger: Ledger,
+    watchdog: Watchdog,
     status: StatusFile,
 ) -> EngineDead | None:
     """Serve; return None when stopped, or the error the engine died of."""
@@ -235,6 +248,9 @@ async def _serve_until(
             if service.pairs is not None:
                 status.report_pairs(pair_statuses(service.pairs))
             await ledger.check()
+            if (stalled := watchdog.check()) is not None:
+                log.error("engine stalled", reason=str(stalled))
+                return stalled
     finally:
         for task in (died, stopped):
             task.cancel()

@@ -105,6 +105,11 @@ class WorkerService:
         """Streams and handoffs that have not ended."""
         return sum(len(line.streams) for line in self._lines.values()) + self.prefills.num_open
 
+    @property
+    def progress(self) -> int:
+        """Grows with everything that the engine gave and somebody was told."""
+        return self._num_frames + self.meters.offered
+
     def owned(self) -> set[str]:
         """Return the engine's requests that some stream or handoff here stands for."""
         owned = {out.request_id for line in self._lines.values() for out in line.streams.values()}

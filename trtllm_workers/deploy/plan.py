@@ -120,7 +120,7 @@ def make_plan(
     ``engine_configs`` tell how many ranks a worker of a role has; without them it has one. Raises
     ConfigError when this host cannot give the workers what they need.
     """
-    if settings.disaggregated:
+    if settings.disaggregated and settings.engine != "trtllm":  # which moves its KV itself
         _require_transport(settings, inventory)
     log_dir = settings.log_dir.absolute() if settings.log_dir else folder.logs
     discovery = settings.discovery or folder.discovery.as_uri()

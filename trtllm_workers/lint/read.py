@@ -21,7 +21,7 @@ from trtllm_workers.config.yaml_source import (
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.lint.document import Document, Place
 from trtllm_workers.lint.problem import Edit, Problem, Severity
-from trtllm_workers.lint.sections import check_section
+from trtllm_workers.lint.sections import check_section, check_top
 from trtllm_workers.lint.types_of_keys import WrongType, convert, form_of, type_of
 from trtllm_workers.types import Role
 
@@ -82,7 +82,8 @@ class _Reader:
             places=self._places,
             version=self._schema.version,
         )
-        for section in ("", *self._schema.sections, *self._schema.selected):
+        self._problems += check_top(document)
+        for section in dict.fromkeys((*self._schema.sections, *self._schema.selected)):
             choice = self._choices.get(section)
             keys = self._schema.keys_of(section, choice) or {}
             self._problems += check_section(document, section, keys, choice)

@@ -11,6 +11,8 @@ from trtllm_workers.lint.document import Document
 from trtllm_workers.lint.problem import Problem, Severity
 
 _SPECULATIVE = "speculative_config"
+# Without its selector nobody knows what such a section needs.
+_SELECTED = (_SPECULATIVE, "sparse_attention_config")
 
 
 def check_section(
@@ -21,7 +23,7 @@ def check_section(
     prefix = f"{section}." if section else ""
     if section and not document.has_section(section):
         return found
-    if section or document.given(section):
+    if section and (choice is not None or section not in _SELECTED):
         for key, spec in keys.items():
             if spec.required and not document.given(prefix + key):
                 said = f" with {choice}" if choice else ""
@@ -36,6 +38,11 @@ def check_section(
     if check := _CHECKS.get(section):
         found += check(document)
     return found
+
+
+def check_top(document: Document) -> list[Problem]:
+    """Return what is wrong with keys of the top level that need each other."""
+    return _ray(document)
 
 
 def _cuda_graphs(document: Document) -> list[Problem]:
@@ -122,7 +129,6 @@ def _dp_waits(document: Document) -> list[Problem]:
 
 
 _CHECKS: dict[str, Callable[[Document], list[Problem]]] = {
-    "": _ray,
     "cuda_graph_config": _cuda_graphs,
     "moe_config": _load_balancer,
     "attention_dp_config": _dp_waits,

@@ -21,14 +21,19 @@ from trtllm_workers.worker.canary import probe_prompt
 log = structlog.get_logger(__name__)
 
 _PROBE_TOKENS = 4
+# A process that was stopped or starved itself must not blame its engine: each look counts so much at most.
+_LONGEST_LOOK_S = 5.0
+# Steps without a delivery are life, but not for ever: a scheduler may turn and turn.
+_STEPS_COUNT_TIMES = 10
 
 
 class Watchdog:
     """Looks at one engine, a second or so apart.
 
     ``progress()`` grows with everything that the engine delivers to others. After ``timeout_s`` / 2 without life a
-    one-token request is sent, after ``timeout_s`` without life although it or other requests are open, the engine is taken for
-    dead. ``timeout_s`` 0: never.
+    one-token request is sent; when another ``timeout_s`` passes without life, the engine is taken for dead. ``timeout_s`` 0:
+    never. Steps, and blocks that are pinned or reserved for other workers, are life while they change, up to ten
+    times as long.
     """
 
     def __init__(
@@ -49,8 +54,12 @@ class Watchdog:
         self._clock = clock
         self._numbers = itertools.count(1)
         self._answers = 0
-        self._seen: tuple[int, int, int] = (-1, -1, -1)
-        self._alive_s = clock()
+        self._given: tuple[int, int] = (-1, -1)
+        self._stirring: tuple[int, int] = (-1, -1)
+        self._looked_s = clock()
+        self._silent_s = 0.0
+        self._barren_s = 0.0
+        self._waited_s = 0.0
         self._probe = ""
 
     @property
@@ -63,20 +72,33 @@ class Watchdog:
         if not self._timeout_s:
             return None
         now_s = self._clock()
-        seen = (self._progress(), self._answers, self._engine.stats().num_steps)
-        if seen != self._seen:
-            self._seen, self._alive_s = seen, now_s
+        passed_s = min(now_s - self._looked_s, _LONGEST_LOOK_S)
+        self._looked_s = now_s
+        stats = self._engine.stats()
+        given = (self._progress(), self._answers)
+        stirring = (stats.num_steps, stats.pinned_blocks + stats.reserved_blocks)
+        if given != self._given:
+            self._given, self._stirring = given, stirring
+            self._silent_s = self._barren_s = self._waited_s = 0.0
             return None
-        silent_s = now_s - self._alive_s
-        if silent_s >= self._timeout_s and self._probe:
-            stats = self._engine.stats()
+        self._barren_s += passed_s
+        self._silent_s += passed_s
+        self._waited_s += passed_s
+        if stirring != self._stirring:
+            self._stirring = stirring
+            self._silent_s = self._waited_s = 0.0
+        if self._probe and (
+            min(self._silent_s, self._waited_s) >= self._timeout_s
+            or self._barren_s >= _STEPS_COUNT_TIMES * self._timeout_s
+        ):
             return EngineDead(
-                f"the engine stands still: not one token and not one step for {silent_s:.0f} s, with "
-                f"{stats.num_running + stats.num_waiting} requests open, one of them the worker's own of a "
-                "single token (--stall-timeout-s sets how long that may take)"
+                f"the engine stands still: not one token for {self._barren_s:.0f} s and no step for "
+                f"{self._silent_s:.0f} s, with {stats.num_running + stats.num_waiting} requests open, one of them "
+                "the worker's own of a single token (--stall-timeout-s sets how long that may take)"
             )
-        if silent_s >= self._timeout_s / 2 and not self._probe:
+        if not self._probe and self._barren_s >= self._timeout_s / 2:
             self._send()
+            self._waited_s = 0.0
         return None
 
     def close(self) -> None:

@@ -39,6 +39,7 @@ class Scripted:
     """An engine that answers when it is told to."""
 
     num_steps: int = 0
+    pinned_blocks: int = 0
     asked: list[tuple[GenerateRequest, Callable[[TokenChunk], None]]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     refuses: EngineDead | None = None
@@ -52,7 +53,9 @@ class Scripted:
         self.aborted.append(request_id)
 
     def stats(self) -> EngineStats:
-        return EngineStats(num_steps=self.num_steps, num_running=3)
+        return EngineStats(
+            num_steps=self.num_steps, num_running=3, pinned_blocks=self.pinned_blocks
+        )
 
 
 class Bench:
@@ -68,11 +71,15 @@ class Bench:
             timeout_s=timeout_s,
             clock=lambda: self.now_s,
         )
-        self.after(0)
+        self.dog.check()
 
     def after(self, seconds: float) -> EngineDead | None:
-        self.now_s += seconds
-        return self.dog.check()
+        """Look every second, as a worker does."""
+        dead = None
+        for _ in range(round(seconds)):
+            self.now_s += 1.0
+            dead = dead or self.dog.check()
+        return dead
 
 
 def test_a_silent_engine_is_asked_and_then_taken_for_dead() -> None:
@@ -83,11 +90,19 @@ def test_a_silent_engine_is_asked_and_then_taken_for_dead() -> None:
     (request, _deliver) = bench.engine.asked[0]
     assert request.sampling.max_tokens == 1
     assert bench.dog.request_ids == {request.request_id}
-    assert bench.after(49) is None
+    assert bench.after(99) is None
     dead = bench.after(1)
     assert dead is not None
-    assert "100 s" in str(dead)
+    assert "not one token for 150 s" in str(dead)
     assert "3 requests open" in str(dead)
+
+
+def test_a_worker_that_was_stopped_does_not_blame_its_engine() -> None:
+    bench = Bench()
+    bench.after(60)
+    bench.now_s += 1e6  # the process slept, with the probe on its way
+    assert bench.dog.check() is None
+    assert bench.after(80) is None
 
 
 def test_a_probe_that_is_answered_begins_the_wait_anew() -> None:
@@ -96,7 +111,6 @@ def test_a_probe_that_is_answered_begins_the_wait_anew() -> None:
     request, deliver = bench.engine.asked[0]
     deliver(TokenChunk((1,), FinishReason.LENGTH))
     assert bench.dog.request_ids == set()
-    assert bench.after(49) is None
     assert bench.after(49) is None
     assert len(bench.engine.asked) == 1
     bench.after(2)
@@ -127,6 +141,24 @@ def test_a_long_prompt_that_computes_is_life() -> None:
         assert bench.after(40) is None
 
 
+def test_blocks_that_wait_for_others_are_life_while_they_change() -> None:
+    bench = Bench()
+    bench.after(50)
+    for _ in range(8):
+        bench.engine.pinned_blocks += 1
+        assert bench.after(90) is None
+
+
+def test_steps_that_bring_nothing_are_no_life_for_ever() -> None:
+    bench = Bench()
+    dead = None
+    for _ in range(30):
+        bench.engine.num_steps += 1
+        dead = dead or bench.after(40)
+    assert dead is not None
+    assert "not one token for 1000 s" in str(dead)
+
+
 def test_an_engine_that_refuses_is_not_wedged() -> None:
     bench = Bench()
     bench.engine.refuses = EngineDead("closing")
@@ -136,7 +168,7 @@ def test_an_engine_that_refuses_is_not_wedged() -> None:
 
 def test_without_a_limit_nothing_is_asked() -> None:
     bench = Bench(timeout_s=0)
-    assert bench.after(1e6) is None
+    assert bench.after(10_000) is None
     assert not bench.engine.asked
 
 

@@ -42,7 +42,7 @@ _GIB = 1 << 30
 )
 @click.option("--strict", is_flag=True, help="Take warnings for errors.")
 def command(files: tuple[str, ...], fix: bool, form: str, strict: bool, **values: Any) -> int:
-    """Check engine configs: keys, types, roles, pairs, topology, memory.
+    """Check engine configs for TensorRT-LLM: keys, roles, pairs, memory.
 
     FILE's role is told by a prefix (prefill=a.yaml), else by a word in its name. Without files the
     configs that come with the project are checked. Ends with 0, with 1 for warnings, 2 for errors.

@@ -209,7 +209,9 @@ def test_flag_beats_environment_beats_yaml_beats_default_in_any_order(
 
 
 def test_how_tensorrt_llm_works_means_nothing_to_other_engines(in_tmp: Path) -> None:
-    path = write(in_tmp, "cuda_graph_config: {enable_padding: true}\ndisable_overlap_scheduler: true\n")
+    path = write(
+        in_tmp, "cuda_graph_config: {enable_padding: true}\ndisable_overlap_scheduler: true\n"
+    )
     override = parse_override("moe_config.backend=WIDEEP", "--set")
     config = load_engine_config("torch", KEYS, path, [override])
     assert config.without_effect == (

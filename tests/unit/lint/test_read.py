@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,19 @@ def test_one_mistake_in_a_right_document_is_found(
     else:
         inner[key] = {"no": "value"}
     assert any(one.severity is Severity.ERROR for one in told(yaml.safe_dump(document)))
+
+
+def test_the_document_names_every_rule_of_the_reader() -> None:
+    root = Path(__file__).resolve().parents[3]
+    sources = [
+        root / "trtllm_workers" / "lint" / name for name in ("read.py", "sections.py", "run.py")
+    ]
+    rules = {
+        word
+        for source in sources
+        for word in re.findall(r'"([a-z]+(?:-[a-z]+)+)"', source.read_text(encoding="utf-8"))
+        if word not in ("utf-8-sig", "utf-8")
+    }
+    text = (root / "docs" / "lint.md").read_text(encoding="utf-8")
+    table = text[text.index("## Keys and values") : text.index("## Rules")]
+    assert rules == set(re.findall(r"^\| `([a-z-]+)`", table, flags=re.MULTILINE))

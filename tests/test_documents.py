@@ -11,7 +11,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     path
-    for folder in (".", "launch", "engine_configs", "container", "multinode", "benchmarks", "docs", "docs/guides")
+    for folder in (
+        ".",
+        "launch",
+        "engine_configs",
+        "container",
+        "multinode",
+        "benchmarks",
+        "docs",
+        "docs/guides",
+    )
     for path in sorted((ROOT / folder).glob("*.md"))
 ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from trtllm_workers.deploy import doctor
+from trtllm_workers.deploy.ask import ask
 from trtllm_workers.deploy.findings import Finding, as_text, note, ok, problem
 from trtllm_workers.deploy.run import Run
 
@@ -118,11 +119,9 @@ def test_optional_part_says_what_is_missing_and_the_command_that_brings_it() -> 
 
 
 def test_broken_program_is_a_line_and_not_a_hang() -> None:
-    assert doctor._ask(["/no/such/program"]) == "No such file or directory"
-    assert doctor._ask(["sh", "-c", "echo no driver >&2; exit 3"]) == "no driver"
-    assert doctor._ask(["sh", "-c", "read line < /dev/zero"], timeout_s=0.2) == (
-        "no answer within 0 s"
-    )
+    assert ask(["/no/such/program"]) == "No such file or directory"
+    assert ask(["sh", "-c", "echo no driver >&2; exit 3"]) == "no driver"
+    assert ask(["sh", "-c", "read line < /dev/zero"], timeout_s=0.2) == ("no answer within 0 s")
 
 
 def test_text_has_a_line_per_finding_fixes_below_and_a_verdict() -> None:

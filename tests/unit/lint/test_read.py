@@ -245,6 +245,33 @@ def test_a_document_becomes_what_tensorrt_llm_is_given() -> None:
     }
 
 
+# The defects of the configs that users know, and of pain 31: old keys, spellings, words of other releases.
+DEFECTS = {
+    "L10 (pain 31): a key nobody knows, found before a start": ("max_token: 8\n", "unknown-key"),
+    "L13: enable_graph_padding": ("cuda_graph_config:\n  enable_graph_padding: true\n", "old-key"),
+    "L14: names from before the flattening": (
+        "cuda_graph_config:\n  cuda_graph_padding_enabled: true\n",
+        "old-key",
+    ),
+    "L15: WIFEEP": ("moe_config:\n  backend: WIFEEP\n", "wrong-value"),
+    "default instead of DEFAULT": (
+        "cache_transceiver_config:\n  backend: default\n",
+        "wrong-value",
+    ),
+    "pytorch_backend_config": ("pytorch_backend_config:\n  use_cuda_graph: true\n", "old-key"),
+    "MTP's key in an Eagle section": (
+        "speculative_config:\n  decoding_type: AUTO\n  num_nextn_predict_layers: 1\n",
+        "unknown-key",
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_known_defects_of_configs_are_found(defect: str) -> None:
+    text, rule = DEFECTS[defect]
+    assert only(text).rule == rule
+
+
 # --- any document --------------------------------------------------------------------------------
 
 

@@ -309,7 +309,7 @@ class DecodeDesk:
 
     def _choose(self, job: Job) -> Pair:
         if job.pair is None and not job.offer.done():
-            job.pair = self.pairs.take() if self.pairs is not None else None
+            job.pair = self.pairs.take(job.request) if self.pairs is not None else None
             if job.pair is None:
                 missing = self.pairs.missing if self.pairs is not None else "it is stopping"
                 raise WentWrong(NO_PREFILL, HandoffRefused(f"no prefill worker: {missing}"))

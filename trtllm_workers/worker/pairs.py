@@ -30,7 +30,14 @@ from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
 from trtllm_workers.planes.messages import PairAnswer, PairAsk, PairStats
 from trtllm_workers.transfer.base import KvLink, KvTransport
 from trtllm_workers.transfer.handoff import Rate
-from trtllm_workers.types import EngineInfo, Role, TransportCard, WorkerRecord, WorkerState
+from trtllm_workers.types import (
+    EngineInfo,
+    GenerateRequest,
+    Role,
+    TransportCard,
+    WorkerRecord,
+    WorkerState,
+)
 from trtllm_workers.worker.canary import Verdict
 
 log = structlog.get_logger(__name__)
@@ -72,6 +79,13 @@ class Pair:
     def usable(self) -> bool:
         """Whether a prompt may be sent there."""
         return self.state == READY and not self.draining and not self.gone
+
+    def can_take(self, request: GenerateRequest) -> bool:
+        """Whether it has the request's adapter, and honours what its first token depends on."""
+        engine = self.record.engine
+        if request.lora and request.lora not in engine.loras:
+            return False
+        return request.sampling.guided is None or "guided" in engine.capabilities
 
     def moved(self, num_bytes: int, seconds: float) -> None:
         """Count one transfer; an engine that moves its own KV does not tell its size (0)."""
@@ -146,9 +160,9 @@ class Pairs:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def take(self) -> Pair | None:
-        """Return the next usable pair, in turns; None when there is none."""
-        usable = [pair for pair in self._pairs.values() if pair.usable]
+    def take(self, request: GenerateRequest) -> Pair | None:
+        """Return the next usable pair that can compute the prompt, in turns; None when there is none."""
+        usable = [pair for pair in self._pairs.values() if pair.usable and pair.can_take(request)]
         if not usable:
             return None
         self._turn += 1

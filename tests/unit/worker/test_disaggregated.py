@@ -168,7 +168,7 @@ async def test_an_offer_that_nobody_fetches_expires_and_is_told(
     async with cluster(tmp_path) as made:
         await both(made, limits=limits)
         decode, prefill = made.nodes["d0"], made.nodes["p0"]
-        pair = decode.service.pairs.take() if decode.service.pairs else None
+        pair = decode.service.pairs.take(request([1])) if decode.service.pairs else None
         assert pair is not None
         assert pair.link is not None
         read = pair.link.read
@@ -201,7 +201,7 @@ async def test_a_read_that_fails_is_made_up_for_here(tmp_path: Path) -> None:
     async with cluster(tmp_path) as made:
         await both(made)
         decode = made.nodes["d0"]
-        pair = decode.service.pairs.take() if decode.service.pairs else None
+        pair = decode.service.pairs.take(request([1])) if decode.service.pairs else None
         assert pair is not None
         assert pair.link is not None
         await pair.link.close()
@@ -228,7 +228,7 @@ async def test_a_prefill_worker_lost_at_any_point_costs_no_answer(
         asked = request(prompt_of(3, 90))
         expected = await made.expected(asked, "a0")
         decode = made.nodes["d0"]
-        pair = decode.service.pairs.take() if decode.service.pairs else None
+        pair = decode.service.pairs.take(request([1])) if decode.service.pairs else None
         assert pair is not None
         assert pair.link is not None
         read = pair.link.read

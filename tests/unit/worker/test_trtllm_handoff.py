@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.fakes.stand_in import tensorrt_llm_stand_in
@@ -103,6 +104,23 @@ async def test_kv_that_does_not_come_is_computed_by_decode(tmp_path: Path, strat
         assert await made.answer(send(made, strategy, asked)) == await made.expected(asked, "a0")
         assert made.nodes["d0"].fallbacks() == {"transfer_failed": 1}
         await made.idle()
+
+
+async def test_a_prefill_worker_without_the_adapter_is_not_asked(tmp_path: Path) -> None:
+    """decode_first, and of two prefill workers only one has the adapter."""
+    adapter = {"loras": '{"french": "/x"}'}
+    async with cluster(tmp_path, "trtllm") as made:
+        await made.add(Role.PREFILL, "p0")
+        await made.add(Role.PREFILL, "p1", extra=adapter, enable_lora=True)
+        await made.add(Role.DECODE, "d0", extra=adapter, enable_lora=True)
+        for prefill in ("p0", "p1"):
+            await made.paired("d0", prefill)
+        for number in range(4):
+            asked = msgspec.structs.replace(request(prompt_of(number, 40)), lora="french")
+            assert await made.answer(made.submit(asked, "d0"))
+        assert made.nodes["d0"].fallbacks() == {}
+        assert made.nodes["p1"].ended()["released", "fetched"] == 4 + 1
+        assert made.nodes["p0"].ended()["released", "fetched"] == 1  # the canary's
 
 
 async def test_a_state_of_another_release_is_not_used(

@@ -14,6 +14,7 @@ import structlog
 from trtllm_workers.errors import PlaneError
 from trtllm_workers.planes.base import Peer, RequestPlane
 from trtllm_workers.planes.frames import TokenBatch
+from trtllm_workers.planes.messages import Tokens
 from trtllm_workers.types import Address, FinishReason, TokenChunk
 
 log = structlog.get_logger(__name__)
@@ -64,8 +65,18 @@ class StreamOut:
         )
 
 
+def _made_by_an_engine(tokens: Tokens) -> bool:
+    """Return whether a frame holds more than errors and aborts, which need no engine that works."""
+    return bool(tokens.tokens) or any(
+        chunk.token_ids or chunk.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        for _, chunk in tokens.rich
+    )
+
+
 class ReplyLine:
     """All streams that answer to one ingress, and the connection to it.
+
+    ``on_frame`` is called for each frame that was sent, and told whether an engine made some of it.
 
     ``on_unreachable`` is called once, with this line, when the ingress cannot be reached or was lost;
     the streams in ``streams`` are then nobody's and should be aborted.
@@ -76,7 +87,7 @@ class ReplyLine:
         plane: RequestPlane,
         address: Address,
         on_unreachable: Callable[[ReplyLine], None],
-        on_frame: Callable[[], None],
+        on_frame: Callable[[bool], None],
     ) -> None:
         self.address = address
         self.batch = TokenBatch()
@@ -116,7 +127,7 @@ class ReplyLine:
             return
         try:
             self._peer.send(tokens)
-            self._on_frame()
+            self._on_frame(_made_by_an_engine(tokens))
         except PlaneError as error:
             self._give_up(str(error))
 

@@ -36,6 +36,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 STATS_INTERVAL_S = 1.0
+LEDGER_TIMEOUT_S = 5.0
 # How long the last chunks of aborted streams get to leave the engine and the socket.
 FLUSH_TIMEOUT_S = 2.0
 
@@ -247,10 +248,13 @@ async def _serve_until(
             service.publish_stats()
             if service.pairs is not None:
                 status.report_pairs(pair_statuses(service.pairs))
-            await ledger.check()
             if (stalled := watchdog.check()) is not None:
                 log.error("engine stalled", reason=str(stalled))
                 return stalled
+            # A wedged engine does not say what it holds either; it must not keep the watchdog waiting.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LEDGER_TIMEOUT_S):
+                    await ledger.check()
     finally:
         for task in (died, stopped):
             task.cancel()

@@ -70,6 +70,7 @@ class WorkerService:
         self._watchers: dict[Address, Peer] = {}
         self._draining = ""
         self._num_frames = 0
+        self._num_given = 0
 
     def attach(
         self,
@@ -107,8 +108,8 @@ class WorkerService:
 
     @property
     def progress(self) -> int:
-        """Grows with everything that the engine gave and somebody was told."""
-        return self._num_frames + self.meters.offered
+        """Grows with everything that only a working engine gives: tokens, ends of answers, prompts' KV."""
+        return self._num_given + self.meters.offered
 
     def owned(self) -> set[str]:
         """Return the engine's requests that some stream or handoff here stands for."""
@@ -237,8 +238,9 @@ class WorkerService:
         for out in list(line.streams.values()):
             self._abort_request(out.request_id)
 
-    def _count_frame(self) -> None:
+    def _count_frame(self, made_by_engine: bool) -> None:
         self._num_frames += 1
+        self._num_given += made_by_engine
 
     # --- pairs ---------------------------------------------------------------------------------
 

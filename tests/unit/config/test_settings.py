@@ -72,6 +72,24 @@ def test_without_anything_the_demo_model_is_served_by_torch(model: Path) -> None
     assert settings.warnings == ()
 
 
+@pytest.mark.parametrize("engine", ["torch", "trtllm"])
+def test_auto_takes_the_engine_that_it_is_told_and_says_why(model: Path, engine: str) -> None:
+    told = (engine, "a reason")
+    by_default = resolve({}, {}, demo=(model, "demo"), auto_engine=lambda: told)
+    assert by_default.engine == engine
+    assert by_default.sources["engine"] == f"default (auto takes {engine}: a reason)"
+    asked = resolve({}, {"ENGINE": "auto"}, demo=(model, "demo"), auto_engine=lambda: told)
+    assert asked.sources["engine"] == f"environment ENGINE (auto takes {engine}: a reason)"
+
+
+def test_a_named_engine_is_taken_without_a_look_at_the_host(model: Path) -> None:
+    def looked() -> tuple[str, str]:
+        raise AssertionError("the host was looked at")
+
+    settings = resolve({"engine": "sim"}, {}, demo=(model, "demo"), auto_engine=looked)
+    assert (settings.engine, settings.sources["engine"]) == ("sim", "--engine")
+
+
 def test_each_value_names_its_source(model: Path) -> None:
     settings = settle(model, {"http_port": "9000"}, NUM_WORKERS="2", HTTP_PORT="1")
     assert (settings.http_port, settings.sources["http_port"]) == (9000, "--http-port")

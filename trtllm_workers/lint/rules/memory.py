@@ -65,7 +65,7 @@ def memory_kv_cache(doc: Document, facts: Facts) -> Iterator[Problem]:
     if usual is None or not isinstance(batch, int):
         return
     each = gpu_sequence_bytes(doc, model, usual)
-    if batch * each > budget.kv:
+    if each > 0 and batch * each > budget.kv:
         fit = int(budget.kv / each)
         yield doc.problem(
             Severity.WARNING,

@@ -21,22 +21,20 @@ from trtllm_workers.transfer.registry import start_transport
 from trtllm_workers.types import (
     EngineInfo,
     FinishReason,
-    GenerateRequest,
     KvEvent,
     KvEventKind,
     Prefilled,
     Reservation,
     TokenChunk,
-    TokenLogprob,
     TransportCard,
 )
-from trtllm_workers.types import SamplingParams as OurSampling
 
 from ..llmapi.disaggregated_params import DisaggregatedParams
 from ..sampling_params import SamplingParams
 from .control import Control
-from .result import Logprob, RequestOutput, Response
+from .result import RequestOutput, Response
 from .utils import RequestError
+from .wording import block_of, hash64, logprobs_of, merged, torch_request
 
 _KEYS = (
     "max_batch_size",
@@ -226,51 +224,27 @@ class Executor:
             if kind == "context_only":
                 self._need_transport()
                 self._engine.prefill(
-                    self._request(work, 2), lambda made: self._prefilled(work, made)
+                    torch_request(work.name, work.prompt, work.salt, work.sampling, 2),
+                    lambda made: self._prefilled(work, made),
                 )
             elif kind == "generation_only":
                 self._need_transport()
                 work.fetching = True
                 self._engine.reserve(
-                    self._request(work), lambda held: self._start(self._fetch(work, held))
+                    torch_request(work.name, work.prompt, work.salt, work.sampling),
+                    lambda held: self._start(self._fetch(work, held)),
                 )
             else:
-                self._engine.submit(self._request(work), lambda chunk: self._tell(work, chunk))
+                self._engine.submit(
+                    torch_request(work.name, work.prompt, work.salt, work.sampling),
+                    lambda chunk: self._tell(work, chunk),
+                )
         except (LaunchError, RequestError) as error:
             self._fail(work, error)
 
     def _need_transport(self) -> None:
         if self._transport is None:
             raise RequestError("cache_transceiver_config.backend is not set")
-
-    def _request(self, work: Work, max_tokens: int | None = None) -> GenerateRequest:
-        given = work.sampling
-        greedy = given.is_greedy
-        stops = list(given.stop_token_ids or ())
-        if not given.ignore_eos and given.end_id is not None and given.end_id >= 0:
-            stops.append(given.end_id)
-        return GenerateRequest(
-            request_id=work.name,
-            prompt_token_ids=work.prompt,
-            cache_salt=work.salt,
-            sampling=OurSampling(
-                max_tokens=max_tokens or given.max_tokens,
-                temperature=0.0
-                if greedy
-                else (1.0 if given.temperature is None else given.temperature),
-                top_p=1.0 if greedy or given.top_p is None else given.top_p,
-                top_k=0 if greedy or given.top_k is None else given.top_k,
-                min_p=given.min_p or 0.0,
-                seed=None if given.seed is None else given.seed % (1 << 63),
-                repetition_penalty=given.repetition_penalty or 1.0,
-                presence_penalty=given.presence_penalty or 0.0,
-                frequency_penalty=given.frequency_penalty or 0.0,
-                stop_token_ids=tuple(stops),
-                ignore_eos=True,  # the end id stands among the stop ids
-                min_tokens=min(given.min_tokens or 0, given.max_tokens),
-                logprobs=given.logprobs,
-            ),
-        )
 
     def _abort(self, number: int) -> None:
         work = self._works.get(number)
@@ -291,7 +265,7 @@ class Executor:
         work.tokens += tokens
         self._learn(work)
         response = Response(
-            tokens, cached_tokens=chunk.cached_tokens, logprobs=_logprobs(chunk.logprobs)
+            tokens, cached_tokens=chunk.cached_tokens, logprobs=logprobs_of(chunk.logprobs)
         )
         if chunk.finish_reason is not None:
             response.finish_reason = _REASONS[chunk.finish_reason]
@@ -302,12 +276,12 @@ class Executor:
                     response.stop_reason = chunk.stop_token_id  # a stop word is taken off
         work.buffered.append(response)
         if response.is_final or len(work.buffered) >= self._interval:
-            merged = _merged(work.buffered)
+            whole = merged(work.buffered)
             work.buffered = []
-            if merged.is_final:
-                self._finish(work, merged)
+            if whole.is_final:
+                self._finish(work, whole)
             else:
-                self._answer(work, merged)
+                self._answer(work, whole)
 
     def _prefilled(self, work: Work, made: Prefilled) -> None:
         first = made.first
@@ -334,7 +308,7 @@ class Executor:
                 list(first.token_ids),
                 "not_finished",
                 cached_tokens=first.cached_tokens,
-                logprobs=_logprobs(first.logprobs),
+                logprobs=logprobs_of(first.logprobs),
                 disaggregated_params=params,
             ),
         )
@@ -467,16 +441,16 @@ class Executor:
                 if any(one not in self._tokens_of for one in event.block_hashes):
                     return
                 parent = event.parent_hash
-                blocks = [_block(_hash64(one), self._tokens_of[one]) for one in event.block_hashes]
+                blocks = [block_of(hash64(one), self._tokens_of[one]) for one in event.block_hashes]
                 self._emit(
                     {
                         "type": "stored",
-                        "parent_hash": None if parent is None else _hash64(parent),
+                        "parent_hash": None if parent is None else hash64(parent),
                         "blocks": blocks,
                     }
                 )
             else:
-                hashes = [_hash64(one) for one in event.block_hashes]
+                hashes = [hash64(one) for one in event.block_hashes]
                 self._emit({"type": "removed", "block_hashes": hashes})
             self._unresolved.pop(0)
 
@@ -491,7 +465,11 @@ class Executor:
             return
         name = hash((work.number, "partial")) % (1 << 64)
         self._emit(
-            {"type": "stored", "parent_hash": None, "blocks": [_block(name, tuple(tokens[full:]))]}
+            {
+                "type": "stored",
+                "parent_hash": None,
+                "blocks": [block_of(name, tuple(tokens[full:]))],
+            }
         )
         self._emit({"type": "removed", "block_hashes": [name]})
 
@@ -508,44 +486,3 @@ class Executor:
 def _put_all(items: list[tuple[RequestOutput, Response]]) -> None:
     for output, response in items:
         output.put(response)
-
-
-def _merged(responses: list[Response]) -> Response:
-    if len(responses) == 1:
-        return responses[0]
-    last = responses[-1]
-    logprobs = [one for each in responses for one in each.logprobs or ()]
-    return Response(
-        [token for each in responses for token in each.token_ids],
-        last.finish_reason,
-        last.stop_reason,
-        logprobs or None,
-        last.cached_tokens,
-    )
-
-
-def _logprobs(given: tuple[TokenLogprob, ...] | None) -> list[dict[int, Logprob]] | None:
-    if given is None:
-        return None
-    found = []
-    for one in given:
-        entry = {token: Logprob(value, rank) for rank, (token, value) in enumerate(one.top, 1)}
-        entry.setdefault(one.token_id, Logprob(one.logprob, len(entry) + 1))
-        found.append(entry)
-    return found
-
-
-def _hash64(digest: bytes) -> int:
-    return int.from_bytes(digest[:8], "big")
-
-
-def _block(name: int, tokens: tuple[int, ...]) -> dict[str, Any]:
-    return {
-        "type": "stored_block",
-        "block_hash": name,
-        "tokens": [
-            {"type": "unique_token", "token_id": token, "token_extra_id": 0} for token in tokens
-        ],
-        "cache_level": 0,
-        "priority": 35,
-    }

@@ -25,8 +25,8 @@ class Document:
     """An engine config of one role, read and type-checked (``read.py``).
 
     ``values`` holds every given key by dotted name: leaves and free mappings as plain Python values, each
-    of the right type (a wrong one was reported and is absent). A section that is given and empty or
-    null (``cuda_graph_config: null``) stands in ``values`` as None. ``defaults`` are the schema's for
+    of the right type (a wrong one was reported and is absent). A section that is given as null
+    (``cuda_graph_config: null``) stands in ``values`` as None. ``defaults`` are the schema's for
     all other leaves, those of sections that are null by default included. ``places`` has every given
     key and section.
     """

@@ -59,13 +59,21 @@ def fix_text(text: str, name: str) -> tuple[str, list[str]]:
         if not old:
             break
         changes.append(_step(lines, mapping, old[0], name))
+        with suppress(ConfigError):
+            parse_yaml("\n".join(lines), name)
+            continue
+        raise _unmendable(name)  # a text that nobody wrote is no matter for a message
     new = "\n".join(lines)
     if _meaning(new, name) != wanted:
-        raise ConfigError(
-            f"{name}: its old keys cannot be mended line by line; nothing was written. "
-            "Write sections over several lines instead of {…}, then try again"
-        )
+        raise _unmendable(name)
     return new, changes
+
+
+def _unmendable(name: str) -> ConfigError:
+    return ConfigError(
+        f"{name}: its old keys cannot be mended line by line; nothing was written. "
+        "Write sections over several lines instead of {…}, then try again"
+    )
 
 
 def _step(lines: list[str], mapping: YamlMapping, old: str, name: str) -> str:

@@ -119,9 +119,7 @@ class _Reader:
             self._tell(Severity.NOTE, "deprecated-key", full, f"'{dotted}' is deprecated", place)
         inner = full if full in self._schema.sections or full in self._schema.selected else ""
         if inner and isinstance(item.value, YamlMapping):
-            if not item.value.items:
-                self._values[full] = None
-            self._section(item.value, full)
+            self._section(item.value, full)  # an empty one leaves every default
         else:
             self._value(full, spec, item.value, place, item)
 
@@ -195,7 +193,11 @@ class _Reader:
             return
         is_section = key in self._schema.sections or key in self._schema.selected
         if is_section and given is None:
-            self._values[key] = None
+            if spec.type.startswith(("Optional", "Union")):
+                self._values[key] = None
+            else:
+                advice = "remove it, or indent keys under it"
+                self._fail("wrong-type", key, f"section '{key}' is empty", place, advice=advice)
             return
         if key == "moe_config.load_balancer" and isinstance(given, str):
             self._values[key] = given
@@ -269,7 +271,8 @@ class _Reader:
             return
         if dotted in schema.never:
             text = f"'{dotted}' is no key of an engine YAML: {schema.never[dotted]}"
-            self._fail("unknown-key", dotted, text, place, advice="remove it")
+            advice = "" if text.endswith("remove it") else "remove it"
+            self._fail("unknown-key", dotted, text, place, advice=advice)
             return
         if dotted in schema.later:
             text = f"'{dotted}' is a key of TensorRT-LLM 1.3 or later, not of {schema.version}"

@@ -9,6 +9,7 @@ from typing import Any
 from trtllm_workers.config.schema import KeySpec
 from trtllm_workers.lint.document import Document
 from trtllm_workers.lint.problem import Problem, Severity
+from trtllm_workers.lint.rules.graphs import generated_sizes
 
 _SPECULATIVE = "speculative_config"
 # Without its selector nobody knows what such a section needs.
@@ -50,6 +51,9 @@ def _cuda_graphs(document: Document) -> list[Problem]:
     largest = document.values.get("cuda_graph_config.max_batch_size")
     if not sizes or not largest:
         return []
+    padding = bool(document.get("cuda_graph_config.enable_padding"))
+    if tuple(sorted(sizes)) == generated_sizes(largest, padding=padding):
+        return []  # TensorRT-LLM takes both when they say the same
     return [
         document.problem(
             Severity.ERROR,
@@ -83,6 +87,28 @@ def _draft_lengths(document: Document) -> list[Problem]:
     return [document.problem(Severity.ERROR, "wrong-value", key, f"'{key}': {wrong}")]
 
 
+def _speculative(document: Document) -> list[Problem]:
+    return [*_draft_lengths(document), *_dynamic_tree(document)]
+
+
+def _dynamic_tree(document: Document) -> list[Problem]:
+    dynamic = document.values.get(f"{_SPECULATIVE}.use_dynamic_tree")
+    top = f"{_SPECULATIVE}.dynamic_tree_max_topK"
+    if dynamic and not (document.values.get(top) or 0) > 0:
+        text = f"'{_SPECULATIVE}.use_dynamic_tree' needs dynamic_tree_max_topK above 0"
+        key = f"{_SPECULATIVE}.use_dynamic_tree"
+        return [document.problem(Severity.ERROR, "missing-key", key, text)]
+    choices = f"{_SPECULATIVE}.eagle_choices"
+    if dynamic and document.values.get(choices):
+        text = f"'{choices}' is a fixed tree, and use_dynamic_tree asks for another one"
+        return [
+            document.problem(
+                Severity.ERROR, "exclusive-keys", choices, text, advice="keep one of them"
+            )
+        ]
+    return []
+
+
 def _load_balancer(document: Document) -> list[Problem]:
     value = document.values.get("moe_config.load_balancer")
     if not isinstance(value, str):
@@ -92,7 +118,7 @@ def _load_balancer(document: Document) -> list[Problem]:
         places.append(document.path.parent / value)
     if places[0].is_file():
         return []
-    looked = ", ".join(str(place) for place in places)
+    looked = ", ".join(dict.fromkeys(str(place) for place in places))
     return [
         document.problem(
             Severity.WARNING,
@@ -132,5 +158,5 @@ _CHECKS: dict[str, Callable[[Document], list[Problem]]] = {
     "cuda_graph_config": _cuda_graphs,
     "moe_config": _load_balancer,
     "attention_dp_config": _dp_waits,
-    _SPECULATIVE: _draft_lengths,
+    _SPECULATIVE: _speculative,
 }

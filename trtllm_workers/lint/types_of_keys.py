@@ -173,7 +173,7 @@ def _dict(kind: Type, value: YamlValue) -> Converted:
                 raise WrongType(f"a mapping with the key '{item.key}', which is no whole number")
             key = int(item.key)
         if kind.inner and kind.inner[1].name == "str":
-            found[key] = str(plain(item.value))  # TensorRT-LLM makes text of them itself
+            found[key] = _as_text(item.value)
             continue
         try:
             one = convert(kind.inner[1], item.value) if kind.inner else Converted(plain(item.value))
@@ -182,6 +182,13 @@ def _dict(kind: Type, value: YamlValue) -> Converted:
         found[key] = one.value
         lenient = lenient or one.lenient
     return Converted(found, lenient)
+
+
+def _as_text(value: YamlValue) -> str:
+    """Return the text that TensorRT-LLM makes of a value itself: what YAML 1.1 reads as true becomes True."""
+    if isinstance(value, YamlWord) and value.as_bool is not None:
+        return str(value.as_bool)
+    return str(plain(value))
 
 
 def _bool(value: YamlValue) -> Converted:
@@ -202,8 +209,8 @@ def _number(name: str, value: YamlValue) -> Converted:
     if isinstance(value, float):
         if name == "float":
             return Converted(value)
-        if value.is_integer():
-            return Converted(int(value), f"write {int(value)}")
+        # Also one such as 1e3, which PyYAML, and so TensorRT-LLM, reads as text.
+        raise WrongType(f"{value:g}" + (f" (write {int(value)})" if value.is_integer() else ""))
     if isinstance(value, str) and (_WHOLE if name == "int" else _NUMBER).fullmatch(value.strip()):
         number = int(value) if name == "int" else float(value)
         return Converted(number, "drop the quotes")

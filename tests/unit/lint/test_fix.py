@@ -79,6 +79,7 @@ def test_what_stands_there_already_stays() -> None:
     [
         "cuda_graph_config: {enable_graph_padding: true}\n",
         "kv_cache_dtype: fp8\nkv_cache_config: {max_tokens: 4}\n",
+        "moe_backend: TRITON\nmoe_config: {max_num_tokens: 64}\n",
         "use_cuda_graph: perhaps\n",
         "x: 1\npytorch_backend_config:\n  x: 2\n",
     ],

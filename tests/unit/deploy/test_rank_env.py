@@ -126,12 +126,13 @@ def test_follower_runs_the_loop_of_tensorrt_llm(
         f"import pathlib\npathlib.Path({str(done)!r}).write_text(__name__)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("tensorrt_llm", "tensorrt_llm.llmapi"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    run_follower()
+    try:
+        run_follower()
+    finally:
+        # Not monkeypatch.delitem: it puts back what it removed when the test ends.
+        for name in ("tensorrt_llm.llmapi", "tensorrt_llm"):
+            sys.modules.pop(name, None)
     assert done.read_text() == "__main__"
-    for name in ("tensorrt_llm", "tensorrt_llm.llmapi"):
-        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture

@@ -12,12 +12,13 @@ import msgspec
 
 
 class Role(StrEnum):
-    """What a worker does."""
+    """What a worker does. An ingress is registered too, so that a deployment can be found as a whole."""
 
     AGGREGATED = "aggregated"
     PREFILL = "prefill"
     DECODE = "decode"
     ENCODE = "encode"
+    INGRESS = "ingress"
 
 
 class Strategy(StrEnum):
@@ -202,7 +203,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     ``capabilities`` names the sampling fields it honours; the ingress refuses the others by name.
     ``max_seq_len`` bounds prompt + output tokens of one request, ``max_prompt_len`` its prompt alone
     (0: only ``max_seq_len`` does). ``loras`` names the adapters it holds. ``kv_wire`` is the transport
-    that an engine with KV of its own was *seen* to use; "" until it was seen.
+    that an engine with KV of its own was *seen* to use; "" until it was seen. ``kv_events``: it tells
+    changes of its prefix cache.
     """
 
     engine: str
@@ -223,6 +225,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     loras: tuple[str, ...] = ()
     device: str = "cpu"
     dtype: str = ""
+    kv_events: bool = False
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -300,7 +303,9 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What discovery tells about one worker. ``model`` is the served name.
 
     ``max_local_prefill_length``: a decode worker computes prompts of at most so many uncached tokens
-    itself; no prefill worker need be asked for them.
+    itself; no prefill worker need be asked for them. ``queues_prefill``: it lets prompts be computed by
+    whoever takes them from the prefill queue. ``no_kv_events``: why its engine's events cannot be
+    relied on; "" when an event was seen.
     """
 
     worker_id: str
@@ -311,3 +316,5 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     state: WorkerState = WorkerState.READY
     started_at_s: float = 0.0
     max_local_prefill_length: int = 0
+    queues_prefill: bool = False
+    no_kv_events: str = ""

@@ -19,6 +19,7 @@ _TITLES = {
     "ingress": "Ingress",
     "workers": "Workers",
     "disaggregation": "Disaggregation",
+    "router": "Router",
     "planes": "Planes",
     "logs": "Runs and logs",
     "": "This command",

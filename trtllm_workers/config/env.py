@@ -15,9 +15,7 @@ from trtllm_workers.errors import ConfigError
 # expects an effect, so it is said rather than ignored.
 _NOT_HONOURED = (
     "ENCODE_ENGINE_ARGS",
-    "ETCD_ENDPOINTS",
     "MODALITY",
-    "NATS_SERVER",
 )
 
 # Variables of other software that lie within two edits of one of ours.

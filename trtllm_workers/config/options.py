@@ -10,10 +10,21 @@ from pathlib import Path
 
 from trtllm_workers.config.disaggregation_options import DISAGGREGATION_OPTIONS
 from trtllm_workers.config.option import Option
+from trtllm_workers.config.planes_options import PLANES_OPTIONS
+from trtllm_workers.config.router_options import ROUTER_OPTIONS
 
 __all__ = ["GROUPS", "LAUNCH_OPTIONS", "Option"]
 # The order of groups in --help.
-GROUPS = ("model", "engine", "ingress", "workers", "disaggregation", "planes", "logs")
+GROUPS = (
+    "model",
+    "engine",
+    "ingress",
+    "workers",
+    "disaggregation",
+    "router",
+    "planes",
+    "logs",
+)
 
 LAUNCH_OPTIONS: tuple[Option, ...] = (
     Option(
@@ -220,28 +231,8 @@ LAUNCH_OPTIONS: tuple[Option, ...] = (
         group="workers",
     ),
     *DISAGGREGATION_OPTIONS,
-    Option(
-        name="discovery",
-        flag="--discovery",
-        env=("DISCOVERY",),
-        default=None,
-        default_text="a directory of this run",
-        kind=str,
-        metavar="URL",
-        help="Where workers register: file:///absolute/directory.",
-        group="planes",
-    ),
-    Option(
-        name="cluster_secret",
-        flag=None,
-        env=("CLUSTER_SECRET",),
-        default=None,
-        default_text="a fresh random one for each run",
-        kind=str,
-        help="Secret that authenticates the processes to each other, 16 characters or more.",
-        group="planes",
-        secret=True,
-    ),
+    *ROUTER_OPTIONS,
+    *PLANES_OPTIONS,
     Option(
         name="run_dir",
         flag="--run-dir",

@@ -23,6 +23,7 @@ from trtllm_workers.config.env import hub_cache_dir, state_dir, suspicious_varia
 from trtllm_workers.config.layers import Layers, file_problem
 from trtllm_workers.config.model_folder import model_folder_problem, served_name
 from trtllm_workers.config.options import GROUPS, LAUNCH_OPTIONS, Option
+from trtllm_workers.config.outside import settle_planes
 from trtllm_workers.config.shipped import shipped_engine_config
 from trtllm_workers.config.tables import table
 from trtllm_workers.config.values import shown
@@ -78,13 +79,40 @@ class Settings:
     decode_cuda_visible_devices: str | None
     kv_transport: str
     max_local_prefill_length: int
+    prefill_dispatch: str
+    max_prefill_queue_size: int
     prefill_timeout_s: float
     handoff_min_timeout_s: float
     handoff_max_timeout_s: float
     canary_interval_s: float
     start_timeout_s: float
     drain_timeout_s: float
+    router_mode: str
+    router_events: str
+    router_overlap_weight: float
+    router_load_weight: float
+    router_free_weight: float
+    router_temperature: float
+    router_affinity_cap: float
+    router_ttl_s: float
     discovery: str | None
+    etcd_endpoints: str | None
+    namespace: str
+    etcd_username: str | None
+    etcd_password: str | None = field(repr=False)
+    etcd_cacert: Path | None
+    etcd_cert: Path | None
+    etcd_key: Path | None
+    nats_server: str | None
+    nats_user: str | None
+    nats_password: str | None = field(repr=False)
+    nats_token: str | None = field(repr=False)
+    nats_cacert: Path | None
+    nats_cert: Path | None
+    nats_key: Path | None
+    plane_cacert: Path | None
+    plane_cert: Path | None
+    plane_key: Path | None
     cluster_secret: str | None = field(repr=False)
     run_dir: Path
     log_dir: Path | None
@@ -198,24 +226,13 @@ def _settle_planes(layers: Layers) -> None:
     host = values["http_host"]
     if "/" in host or host.startswith("[") or host.count(":") == 1:
         layers.fail("http_host", f"must be a host name or an address alone, not {shown(host)}")
-    discovery = values["discovery"]
-    if discovery is not None and not _is_file_url(discovery):
-        layers.fail(
-            "discovery",
-            f"must be file:///absolute/directory, not {shown(discovery)}; "
-            "this version has file discovery only",
-        )
+    settle_planes(layers)
     secret = values["cluster_secret"]
     if secret is not None and len(secret) < _SHORTEST_SECRET:
         layers.fail(
             "cluster_secret",
             f"must have {_SHORTEST_SECRET} characters or more; one comes from: openssl rand -hex 32",
         )
-
-
-def _is_file_url(url: str) -> bool:
-    path = url.removeprefix("file://")
-    return url.startswith("file://") and path.startswith("/") and path.strip("/") != ""
 
 
 def show_settings(settings: Settings) -> str:

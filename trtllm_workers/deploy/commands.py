@@ -23,6 +23,9 @@ _PYTHON_RANK = ("-P", "-m", "mpi4py", "-m", _MODULE)
 
 _EVERY_ADDRESS = "0.0.0.0"
 
+# The plan names one URL for all processes.
+_SAID_BY_DISCOVERY = ("discovery", "etcd_endpoints")
+
 # What is said even when it is the default, so that a printed command explains itself.
 _ALWAYS = (
     "model_path",
@@ -103,7 +106,7 @@ def _flags(settings: Settings, names: Sequence[str], **instead: object) -> list[
     """
     words: list[str] = []
     for option in LAUNCH_OPTIONS:
-        if option.name not in names or option.flag is None or option.name == "discovery":
+        if option.name not in names or option.flag is None or option.name in _SAID_BY_DISCOVERY:
             continue
         value: Any = instead.get(option.name, getattr(settings, option.name))
         given = settings.sources[option.name] != "default"

@@ -4,13 +4,49 @@ from __future__ import annotations
 
 from trtllm_workers.types import Role
 
+# How a process finds the others and proves that it belongs to them.
+_MEETING = (
+    "discovery",
+    "etcd_endpoints",
+    "namespace",
+    "etcd_username",
+    "etcd_password",
+    "etcd_cacert",
+    "etcd_cert",
+    "etcd_key",
+    "plane_cacert",
+    "plane_cert",
+    "plane_key",
+    "cluster_secret",
+)
+_ROUTER = (
+    "router_mode",
+    "router_events",
+    "router_overlap_weight",
+    "router_load_weight",
+    "router_free_weight",
+    "router_temperature",
+    "router_affinity_cap",
+    "router_ttl_s",
+)
+_QUEUE = (
+    "prefill_dispatch",
+    "max_prefill_queue_size",
+    "nats_server",
+    "nats_user",
+    "nats_password",
+    "nats_token",
+    "nats_cacert",
+    "nats_cert",
+    "nats_key",
+)
 INGRESS_OPTIONS = (
     "http_host",
     "http_port",
     "strategy",
+    *_ROUTER,
     "drain_timeout_s",
-    "discovery",
-    "cluster_secret",
+    *_MEETING,
     "log_level",
     "log_format",
 )
@@ -25,8 +61,7 @@ _EVERY_WORKER = (
     "sim_cost_model",
     "stall_timeout_s",
     "drain_timeout_s",
-    "discovery",
-    "cluster_secret",
+    *_MEETING,
     "log_level",
     "log_format",
 )
@@ -37,6 +72,7 @@ _PAIRED_WORKER = (
     "handoff_min_timeout_s",
     "handoff_max_timeout_s",
     "canary_interval_s",
+    *_QUEUE,
 )
 # The flags of the worker command, whatever its role.
 WORKER_OPTIONS = (*_EVERY_WORKER, *_PAIRED_WORKER)

@@ -1,6 +1,7 @@
 """The messages of the request plane, as values. How they become bytes is in ``frames.py``.
 
-From the ingress: Submit, Abort, StatsAsk. From a worker: Tokens, WorkerStats, Drain. Both ways: Ping, Pong.
+From the ingress: Submit, Abort, StatsAsk, EventsAsk. From a worker: Tokens, WorkerStats, KvEvents, Drain.
+From whoever closes a deployment: StopAsk. Both ways: Ping, Pong.
 The handshake (Hello, Proof) belongs to the mesh and never reaches its users.
 
 Between a decode and a prefill worker, for each handoff::
@@ -24,6 +25,7 @@ from trtllm_workers.types import (
     Address,
     EngineStats,
     GenerateRequest,
+    KvEvent,
     Prefilled,
     TokenChunk,
     TransportCard,
@@ -34,13 +36,15 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     """Generate. Tokens go to ``reply_to`` under ``stream``, a number of the ingress's choosing.
 
     ``decode`` is set when the receiver shall prefill and hand over to that worker, which then streams
-    to ``reply_to`` itself (strategy prefill_first).
+    to ``reply_to`` itself (strategy prefill_first). ``prefill`` is the prefill worker that a decode worker
+    shall ask, if it can (strategy decode_first, chosen by the router).
     """
 
     stream: int
     request: GenerateRequest
     reply_to: Address
     decode: Address | None = None
+    prefill: Address | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
@@ -83,6 +87,29 @@ class Drain(msgspec.Struct, frozen=True, tag="drain", array_like=True):
 
 class StatsAsk(msgspec.Struct, frozen=True, tag="stats?", array_like=True):
     """Send WorkerStats now, and from now on."""
+
+
+class EventsAsk(msgspec.Struct, frozen=True, tag="events?", array_like=True):
+    """Send KvEvents: a snapshot first, then every change. Asked again, it begins anew.
+
+    ``turn`` is a number of the asker's choosing, other than in its earlier asks.
+    """
+
+    turn: int
+
+
+class KvEvents(msgspec.Struct, frozen=True, tag="events", array_like=True):
+    """Changes of the sender's prefix cache, in order, for the EventsAsk of that ``turn``."""
+
+    turn: int
+    events: list[KvEvent]
+
+
+class StopAsk(msgspec.Struct, frozen=True, tag="stop", array_like=True):
+    """End: drain for up to so many seconds, then abort what is left. Answered by Drain."""
+
+    drain_timeout_s: float
+    reason: str
 
 
 class PairAsk(msgspec.Struct, frozen=True, tag="pair", array_like=True):
@@ -224,6 +251,9 @@ Message = (
     | Drain
     | WorkerStats
     | StatsAsk
+    | EventsAsk
+    | KvEvents
+    | StopAsk
     | PairAsk
     | PairAnswer
     | PrefillAsk

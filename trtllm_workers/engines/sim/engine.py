@@ -125,6 +125,7 @@ class SimEngine:
         )
         eos = checkpoint.eos_token_ids
         info = EngineInfo(
+            kv_events=True,
             engine="sim",
             model_path=str(self._options.model_path),
             model_id=checkpoint.model_id,

@@ -82,6 +82,7 @@ def load(
     )
     layout = block_layout(config, plan.model_config, plan.dtype)
     info = EngineInfo(
+        kv_events=True,
         engine="torch",
         model_path=str(folder),
         model_id=plan.model_id,

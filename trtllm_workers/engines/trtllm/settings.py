@@ -107,6 +107,8 @@ def engine_info(
         loras=tuple(options.loras),
         device="cuda",
         dtype=str(value("dtype", "auto")),
+        kv_events=bool(value("kv_cache_config.event_buffer_max_size", 0))
+        and value("kv_cache_config.enable_block_reuse", True),
     )
 
 

@@ -35,6 +35,7 @@ from trtllm_workers.planes.messages import (
     PrefillRefused,
 )
 from trtllm_workers.types import (
+    Address,
     EngineInfo,
     FinishReason,
     GenerateRequest,
@@ -94,9 +95,12 @@ class DecodeDesk:
 
     # --- requests ------------------------------------------------------------------------------
 
-    def submit(self, request: GenerateRequest, out: Out) -> None:
-        """Take a request of an ingress (decode_first, and prefill_first without a prefill)."""
-        self._start(Job(request, out, request.request_id, now_s()))
+    def submit(self, request: GenerateRequest, out: Out, prefill: Address | None = None) -> None:
+        """Take a request of an ingress (decode_first, and prefill_first without a prefill).
+
+        ``prefill`` is the prefill worker that the router chose; another one does when it cannot.
+        """
+        self._start(Job(request, out, request.request_id, now_s(), wish=prefill))
 
     def take_over(self, peer: Peer, offer: Offer, request: GenerateRequest, out: Out) -> None:
         """Take a request that a prefill worker hands over (prefill_first)."""
@@ -309,7 +313,7 @@ class DecodeDesk:
 
     def _choose(self, job: Job) -> Pair:
         if job.pair is None and not job.offer.done():
-            job.pair = self.pairs.take(job.request) if self.pairs is not None else None
+            job.pair = self.pairs.take(job.request, job.wish) if self.pairs is not None else None
             if job.pair is None:
                 missing = self.pairs.missing if self.pairs is not None else "it is stopping"
                 raise WentWrong(NO_PREFILL, HandoffRefused(f"no prefill worker: {missing}"))

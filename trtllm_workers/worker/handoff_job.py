@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from trtllm_workers.errors import LaunchError
 from trtllm_workers.planes.messages import Offer
-from trtllm_workers.types import FinishReason, GenerateRequest, Reservation, TokenChunk
+from trtllm_workers.types import Address, FinishReason, GenerateRequest, Reservation, TokenChunk
 from trtllm_workers.worker.pairs import Pair
 
 T = TypeVar("T")
@@ -51,6 +51,7 @@ class Job:
 
     ``pair`` is set once a prefill worker is chosen. ``offer`` and ``released`` resolve with what that
     worker says, or with the error that makes it silent. ``probe``: no fallback, errors are raised.
+    ``wish``: the prefill worker to ask, if it can be asked.
     ``streaming``: an engine that moves its own KV has begun to answer.
     """
 
@@ -61,6 +62,7 @@ class Job:
     pair: Pair | None = None
     handed_over: bool = False
     probe: bool = False
+    wish: Address | None = None
     streaming: bool = False
     asked: bool = False
     offer: asyncio.Future[Offer | LaunchError] = field(default_factory=_future)

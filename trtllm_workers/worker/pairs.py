@@ -31,6 +31,7 @@ from trtllm_workers.planes.messages import PairAnswer, PairAsk, PairStats
 from trtllm_workers.transfer.base import KvLink, KvTransport
 from trtllm_workers.transfer.handoff import Rate
 from trtllm_workers.types import (
+    Address,
     EngineInfo,
     GenerateRequest,
     Role,
@@ -160,8 +161,15 @@ class Pairs:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def take(self, request: GenerateRequest) -> Pair | None:
-        """Return the next usable pair that can compute the prompt, in turns; None when there is none."""
+    def take(self, request: GenerateRequest, wish: Address | None = None) -> Pair | None:
+        """Return a usable pair that can compute the prompt; None when there is none.
+
+        That is the one at ``wish`` if it is usable, else they take turns.
+        """
+        if wish is not None:
+            wished = self._pairs.get((wish.peer_id, wish.incarnation))
+            if wished is not None and wished.usable and wished.can_take(request):
+                return wished
         usable = [pair for pair in self._pairs.values() if pair.usable and pair.can_take(request)]
         if not usable:
             return None

@@ -43,10 +43,10 @@ def prefill(desks: Desks, submit: Submit, request: GenerateRequest, out: StreamO
     desks.prefill.hand_over(peer, submit, request, out)
 
 
-def decode(desks: Desks, _submit: Submit, request: GenerateRequest, out: StreamOut) -> None:
+def decode(desks: Desks, submit: Submit, request: GenerateRequest, out: StreamOut) -> None:
     """Have the prompt computed by a prefill worker and decode here (decode_first)."""
     assert desks.decode is not None, "a decode worker has its desk"
-    desks.decode.submit(request, out)
+    desks.decode.submit(request, out, submit.prefill)
 
 
 ROLES: dict[Role, Handler] = {

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -26,10 +26,12 @@ from trtllm_workers.transfer.base import KvTransport
 from trtllm_workers.transfer.prefault import prefault
 from trtllm_workers.types import EngineInfo, Role, WorkerRecord, WorkerState
 from trtllm_workers.worker.canary import Canary
+from trtllm_workers.worker.kv_feeds import why_no_events
 from trtllm_workers.worker.ledger import Ledger
 from trtllm_workers.worker.pairing import open_kv_transports, owned_by, pair_statuses, start_pairs
 from trtllm_workers.worker.prefill_desk import HandoffLimits
 from trtllm_workers.worker.service import WorkerService
+from trtllm_workers.worker.stopping import Stopping
 from trtllm_workers.worker.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
@@ -56,6 +58,7 @@ class WorkerSettings:
     * ``prefill_timeout_s``: how long a decode worker waits for a prefill worker's offer.
       ``handoff_min_timeout_s`` and ``handoff_max_timeout_s`` bound the deadline of a transfer.
     * ``stall_timeout_s``: an engine that makes no token and no step for so long is taken for dead; 0: never.
+    * ``tells_launcher_to_stop``: see ``stopping.py``.
     * ``extra``: engine options that are not TensorRT-LLM keys, see ``EngineOptions``.
     """
 
@@ -79,6 +82,7 @@ class WorkerSettings:
     handoff_min_timeout_s: float = 5.0
     handoff_max_timeout_s: float = 120.0
     stall_timeout_s: float = 120.0
+    tells_launcher_to_stop: Callable[[], bool] | None = None
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,6 +95,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
     status = StatusFile(settings.status_file)
     status.report("starting")
     stop = _stop_on_signals()
+    stopping = Stopping(stop, settings.drain_timeout_s, settings.tells_launcher_to_stop)
     engine = build_engine(
         settings.engine,
         EngineOptions(
@@ -105,7 +110,9 @@ async def serve_worker(settings: WorkerSettings) -> None:
         max_timeout_s=settings.handoff_max_timeout_s,
         prefill_timeout_s=settings.prefill_timeout_s,
     )
-    service = WorkerService(settings.worker_id, settings.role, engine, limits=limits)
+    service = WorkerService(
+        settings.worker_id, settings.role, engine, limits=limits, on_stop_ask=stopping.ask
+    )
     mesh = TcpMesh(
         peer_id=settings.worker_id,
         incarnation=new_incarnation(),
@@ -127,6 +134,11 @@ async def serve_worker(settings: WorkerSettings) -> None:
         if engine.kv_pool is not None:
             await asyncio.to_thread(prefault, engine.kv_pool)
         log.info("engine started", seconds=round(time.monotonic() - began_s, 2), **_summary(info))
+        no_kv_events = await _unless_stopped(why_no_events(engine, info), stop)
+        if no_kv_events is None:
+            return
+        if no_kv_events and info.kv_events:
+            log.warning("a router cannot rely on this worker's KV events", reason=no_kv_events)
         status.report("registering")
         transports = await open_kv_transports(
             settings.kv_transport,
@@ -152,6 +164,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
             engine=info,
             started_at_s=time.time(),
             max_local_prefill_length=settings.max_local_prefill_length,
+            no_kv_events=no_kv_events,
         )
         async with contextlib.AsyncExitStack() as stack:
             lease = await discovery.register(record)
@@ -191,7 +204,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
                 service.drain(str(died))
                 await _until_idle(service, FLUSH_TIMEOUT_S)
                 raise died
-            await _drain(settings, service, lease, record)
+            await _drain(stopping.drain_timeout_s, service, lease, record)
     finally:
         if discovery is not None:
             await _quietly(discovery.close())
@@ -261,14 +274,14 @@ async def _serve_until(
 
 
 async def _drain(
-    settings: WorkerSettings, service: WorkerService, lease: Lease, record: WorkerRecord
+    drain_timeout_s: float, service: WorkerService, lease: Lease, record: WorkerRecord
 ) -> None:
     """Take no new requests, let running ones finish within the deadline, abort the rest."""
     service.drain("it was told to stop")
     with contextlib.suppress(LaunchError):
         await lease.update(msgspec.structs.replace(record, state=WorkerState.DRAINING))
-    log.info("draining", streams=service.num_streams, timeout_s=settings.drain_timeout_s)
-    if await _until_idle(service, settings.drain_timeout_s):
+    log.info("draining", streams=service.num_streams, timeout_s=drain_timeout_s)
+    if await _until_idle(service, drain_timeout_s):
         return
     log.warning("drain timeout: streams are aborted", streams=service.num_streams)
     service.abort_all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import structlog
@@ -14,6 +14,7 @@ from trtllm_workers.planes.messages import (
     Abort,
     CancelHandoff,
     Drain,
+    EventsAsk,
     Fetched,
     Fetching,
     Message,
@@ -24,6 +25,7 @@ from trtllm_workers.planes.messages import (
     PrefillRefused,
     Released,
     StatsAsk,
+    StopAsk,
     Submit,
     WorkerStats,
 )
@@ -31,6 +33,7 @@ from trtllm_workers.transfer.base import KvTransport, check_layouts
 from trtllm_workers.types import Address, EngineInfo, Role, TransportCard
 from trtllm_workers.worker.decode_desk import DecodeDesk
 from trtllm_workers.worker.handoff_meters import HandoffMeters
+from trtllm_workers.worker.kv_feeds import KvFeeds
 from trtllm_workers.worker.outbox import ReplyLine, StreamOut
 from trtllm_workers.worker.pairs import Pairs, check_models
 from trtllm_workers.worker.prefill_desk import HandoffLimits, PrefillDesk
@@ -53,11 +56,14 @@ class WorkerService:
         engine: Engine,
         *,
         limits: HandoffLimits = HandoffLimits(),  # noqa: B008 - frozen
+        on_stop_ask: Callable[[StopAsk], None] | None = None,
     ) -> None:
         self._worker_id = worker_id
         self._role = role
         self._engine = engine
         self._limits = limits
+        self._on_stop_ask = on_stop_ask
+        self._kv_feeds = KvFeeds(engine)
         self.meters = HandoffMeters()
         self.prefills = PrefillDesk(worker_id, engine, self.meters, limits)
         self.decodes: DecodeDesk | None = None
@@ -130,6 +136,10 @@ class WorkerService:
         elif isinstance(message, StatsAsk):
             self._watchers[peer.address] = peer
             self._tell_stats(peer, self._stats(with_phases=False))
+        elif isinstance(message, EventsAsk):
+            self._kv_feeds.ask(peer, message)
+        elif isinstance(message, StopAsk):
+            self._asked_to_stop(peer, message)
         elif isinstance(message, Drain):
             if self.pairs is not None:
                 self.pairs.drains(peer, message.reason)
@@ -175,6 +185,7 @@ class WorkerService:
         watcher = self._watchers.get(peer.address)
         if watcher is peer:
             del self._watchers[peer.address]
+        self._kv_feeds.forget(peer.address)
         self.prefills.peer_lost(peer, error)
         if self.pairs is not None and self.decodes is not None:
             pair = self.pairs.peer_lost(peer, error)
@@ -298,6 +309,14 @@ class WorkerService:
             except PeerLost:
                 continue
 
+    def _asked_to_stop(self, peer: Peer, message: StopAsk) -> None:
+        if self._on_stop_ask is None:
+            log.warning("a request to stop is not for this worker", peer=str(peer.address))
+            return
+        log.info("asked to stop", peer=str(peer.address), reason=message.reason)
+        peer.send(Drain(message.reason))
+        self._on_stop_ask(message)
+
     def abort_all(self) -> None:
         """Abort every stream."""
         self.prefills.abort_all()
@@ -307,6 +326,7 @@ class WorkerService:
 
     async def close(self) -> None:
         """Send what is gathered and forget the ingresses."""
+        await self._kv_feeds.close()
         if self.decodes is not None:
             await self.decodes.close()
         for line in list(self._lines.values()):

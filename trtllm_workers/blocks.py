@@ -13,7 +13,12 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 HASH_BYTES = 16
-_TOKEN = "I"  # unsigned 32-bit, native order; hashes are only compared between like machines
+TOKEN_TYPE = "I"  # unsigned 32-bit, native order; hashes are only compared between like machines
+
+
+def namespace(cache_salt: str, lora: str = "") -> str:
+    """Return what separates a request's blocks from equal tokens of others: its salt and its adapter."""
+    return f"{cache_salt}\0{lora}" if lora else cache_salt
 
 
 def root_hash(model_id: str, cache_salt: str = "") -> bytes:
@@ -23,7 +28,7 @@ def root_hash(model_id: str, cache_salt: str = "") -> bytes:
 
 def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Return the hash of one full block that follows ``parent``."""
-    return blake2b(parent + array(_TOKEN, tokens).tobytes(), digest_size=HASH_BYTES).digest()
+    return blake2b(parent + array(TOKEN_TYPE, tokens).tobytes(), digest_size=HASH_BYTES).digest()
 
 
 def block_hashes(tokens: Sequence[int], block_size: int, root: bytes) -> list[bytes]:
@@ -33,8 +38,8 @@ def block_hashes(tokens: Sequence[int], block_size: int, root: bytes) -> list[by
     """
     if block_size <= 0:
         raise ValueError(f"block_size must be positive, not {block_size}")
-    packed = memoryview(array(_TOKEN, tokens).tobytes())
-    step = block_size * array(_TOKEN).itemsize
+    packed = memoryview(array(TOKEN_TYPE, tokens).tobytes())
+    step = block_size * array(TOKEN_TYPE).itemsize
     hashes: list[bytes] = []
     parent = root
     for start in range(0, len(packed) - step + 1, step):

@@ -228,6 +228,20 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_events: bool = False
 
 
+# What a process without an engine registers with.
+NO_ENGINE = EngineInfo(
+    engine="none",
+    model_path="",
+    model_id="",
+    block_size=1,
+    num_blocks=0,
+    max_seq_len=0,
+    max_batch_size=0,
+    max_num_tokens=0,
+    vocab_size=0,
+)
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Load and counters of an engine now. Block counts add up: free + cached + active = total.
 

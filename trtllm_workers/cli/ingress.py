@@ -46,7 +46,13 @@ PLANE_PORT = Option(
 @own_options(PLANE_HOST, PLANE_PORT, ADVERTISE_HOST, STATUS_FILE)
 def command(**values: Any) -> int:
     """Run one ingress: the OpenAI-compatible HTTP process."""
-    from trtllm_workers.cli.part import begin_logs, discovery_of, own_value, run_loop
+    from trtllm_workers.cli.part import (
+        begin_logs,
+        discovery_of,
+        launcher_teller,
+        own_value,
+        run_loop,
+    )
     from trtllm_workers.config.env import environment
     from trtllm_workers.deploy.prepare import prepare_settings
     from trtllm_workers.observe.status import StatusFile
@@ -63,8 +69,10 @@ def command(**values: Any) -> int:
 
     # These load for half a second; everything that could be wrong was found before.
     from trtllm_workers.ingress.serve import serve_ingress
-    from trtllm_workers.ingress.settings import IngressSettings
+    from trtllm_workers.ingress.settings import IngressSettings, RouterSettings
     from trtllm_workers.planes.discovery import cluster_secret, discovery_root
+    from trtllm_workers.router.cost import Weights
+    from trtllm_workers.router.policies import RouterMode
     from trtllm_workers.types import Strategy
 
     run_loop(
@@ -78,8 +86,21 @@ def command(**values: Any) -> int:
                 plane_port=plane_port,
                 plane_advertise_host=own_value(ADVERTISE_HOST, values["advertise_host"]),
                 strategy=Strategy(settings.strategy),
+                router=RouterSettings(
+                    RouterMode(settings.router_mode),
+                    Weights(
+                        overlap=settings.router_overlap_weight,
+                        load=settings.router_load_weight,
+                        free=settings.router_free_weight,
+                        temperature=settings.router_temperature,
+                        affinity_cap=settings.router_affinity_cap,
+                        ttl_s=settings.router_ttl_s,
+                    ),
+                    uses_events=settings.router_events == "on",
+                ),
                 drain_timeout_s=settings.drain_timeout_s,
                 status_file=status_file,
+                tells_launcher_to_stop=launcher_teller(environ),
             )
         )
     )

@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "Print the commands that 'up' would start.",
     "ingress": "Run one ingress: the OpenAI-compatible HTTP process.",
     "worker": "Run one worker: an engine behind the request plane.",
+    "explain": "Say where the router sent requests, and why.",
     "ps": "List runs and their processes.",
     "stop": "End a run, with everything it started.",
     "lint": "Check engine configs for TensorRT-LLM: keys, roles, pairs, memory.",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import os
+import signal
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from trtllm_workers.config.options import Option
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.config.values import coerce, form, parse, problem, shown
+from trtllm_workers.deploy.parent import PARENT_PID
+from trtllm_workers.deploy.proc import is_ancestor
 from trtllm_workers.errors import ConfigError
 
 STATUS_FILE = Option(
@@ -60,6 +64,27 @@ def discovery_of(settings: Settings) -> str:
             param="discovery",
         )
     return settings.discovery
+
+
+def launcher_teller(environ: Mapping[str, str]) -> Callable[[], bool] | None:
+    """Return what asks the launcher of this process to end its run; None when it was started alone.
+
+    It returns False when there is no such launcher on this host (any more).
+    """
+    told = environ.get(PARENT_PID, "")
+    if not told.isdigit():
+        return None
+
+    def tell() -> bool:
+        if not is_ancestor(int(told)):
+            return False
+        try:
+            os.kill(int(told), signal.SIGTERM)
+        except OSError:
+            return False
+        return True
+
+    return tell
 
 
 def begin_logs(process: str, settings: Settings) -> None:

@@ -102,7 +102,13 @@ class _WorkerCommand(GroupedCommand):
 @own_options(WORKER_ID, ROLE, HOST, PORT, ADVERTISE_HOST, STATUS_FILE)
 def command(**values: Any) -> int:
     """Run one worker: an engine behind the request plane."""
-    from trtllm_workers.cli.part import begin_logs, discovery_of, own_value, run_loop
+    from trtllm_workers.cli.part import (
+        begin_logs,
+        discovery_of,
+        launcher_teller,
+        own_value,
+        run_loop,
+    )
     from trtllm_workers.cli.world import follow, rank_in_world
     from trtllm_workers.config.env import (
         WORLD_SIZE,
@@ -164,6 +170,7 @@ def command(**values: Any) -> int:
                 handoff_min_timeout_s=settings.handoff_min_timeout_s,
                 handoff_max_timeout_s=settings.handoff_max_timeout_s,
                 stall_timeout_s=settings.stall_timeout_s,
+                tells_launcher_to_stop=launcher_teller(environ),
                 extra=extra,
             )
         )

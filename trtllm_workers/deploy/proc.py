@@ -68,6 +68,16 @@ def same(pid: int, start_ticks: int) -> Proc | None:
     return found if found and found.alive and found.start_ticks == start_ticks else None
 
 
+def is_ancestor(pid: int) -> bool:
+    """Return whether this process was started by that one, directly or not."""
+    found = read(os.getpid())
+    while found is not None and found.ppid > 1:
+        if found.ppid == pid:
+            return True
+        found = read(found.ppid)
+    return False
+
+
 def everyone() -> Iterator[Proc]:
     """Yield every live process that can be seen."""
     for entry in os.listdir(PROC):

@@ -15,6 +15,7 @@ from trtllm_workers.engines.base import ENGINE_NATIVE
 from trtllm_workers.errors import LaunchError, ModelNotFound, RequestError
 from trtllm_workers.ingress.dispatch import CHAT, COMPLETIONS, Dispatcher
 from trtllm_workers.ingress.exchange import Exchange
+from trtllm_workers.ingress.explain import add_routes
 from trtllm_workers.ingress.fleet import Fleet
 from trtllm_workers.ingress.responses import error_body
 from trtllm_workers.ingress.served import Served, Worker
@@ -129,6 +130,8 @@ def make_app(dispatcher: Dispatcher, fleet: Fleet, metrics: Metrics) -> IngressA
     @app.get("/metrics")
     async def show_metrics() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE)
+
+    add_routes(app, fleet, dispatcher.rehearse)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

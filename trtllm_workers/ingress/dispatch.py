@@ -23,10 +23,12 @@ from trtllm_workers.errors import (
 from trtllm_workers.ingress.answer import Answer
 from trtllm_workers.ingress.choice import Choice
 from trtllm_workers.ingress.exchange import Exchange, Receive, Scope, Send
+from trtllm_workers.ingress.explain import ASK_HEADER, ROUTE_HEADER, route_header, wants_route
 from trtllm_workers.ingress.fleet import Fleet
 from trtllm_workers.ingress.job import Job, rest_of
 from trtllm_workers.ingress.meters import CLIENT_LEFT, Meters, RequestMeter
 from trtllm_workers.ingress.openai import Ask, parse_chat, parse_completion
+from trtllm_workers.ingress.placing import Decision
 from trtllm_workers.ingress.prompt import budget, tokenize
 from trtllm_workers.ingress.responses import Shape
 from trtllm_workers.ingress.served import Placement, Served, Worker
@@ -34,6 +36,7 @@ from trtllm_workers.ingress.settings import IngressSettings
 from trtllm_workers.ingress.sse import Wire, stream_answer
 from trtllm_workers.ingress.streams import Streams
 from trtllm_workers.ingress.whole import Collected, respond_whole
+from trtllm_workers.router.pool import Query
 from trtllm_workers.types import GenerateRequest
 
 log = structlog.get_logger(__name__)
@@ -146,7 +149,11 @@ class Dispatcher:
             answer.choices_per_prompt = ask.n
             for prompt, max_tokens in zip(prompts, budgets, strict=True):
                 answer.prompt_tokens += len(prompt)
-                self._submit_choices(exchange.request_id, job, answer, sink, prompt, max_tokens)
+                to = self._submit_choices(
+                    exchange.request_id, job, answer, sink, prompt, max_tokens
+                )
+                if to.decision is not None and wants_route(exchange.header(ASK_HEADER)):
+                    exchange.more_headers.append((ROUTE_HEADER, route_header(to.decision)))
             meter.accepted(answer)
             echoes = [job.echo(prompt) for prompt in prompts]
             if wire is None:
@@ -168,6 +175,19 @@ class Dispatcher:
             return answer.failure
         finally:
             self._close(answer)
+
+    async def rehearse(self, body: bytes) -> Decision:
+        """Return where a request of either endpoint would go now; nothing is sent there."""
+        self._admit()
+        ask = (parse_chat if b'"messages"' in body else parse_completion)(body)
+        served = self._fleet.served(ask.model)
+        assert served.text is not None, "a model that is ready has its tokenizer"
+        prompts = await tokenize(
+            ask, served.text, vocab_size=served.vocab_size, max_seq_len=served.max_seq_len
+        )
+        decision = self._place(served, ask, prompts[0], "").decision
+        assert decision is not None, "placements come with their decision"
+        return decision
 
     def _admit(self) -> None:
         if self.closing:
@@ -202,10 +222,11 @@ class Dispatcher:
         sink: Wire | Collected,
         prompt: list[int],
         max_tokens: int,
-    ) -> None:
-        """Send the n choices of one prompt to one worker: they share its prefix."""
+    ) -> Placement:
+        """Send the n choices of one prompt to one worker, and return it: they share its prefix."""
         ask = job.ask
-        to = self._place(job.served, ask, len(prompt))
+        index = len(answer.choices)
+        to = self._place(job.served, ask, prompt, f"{request_id}-{index}")
         for at in range(ask.n):
             index = len(answer.choices)
             request = GenerateRequest(
@@ -228,6 +249,7 @@ class Dispatcher:
                 choice.be_silent()
             answer.add(choice)
             to = self._send(job.served, ask, choice, request, to)
+        return to
 
     def _send(
         self, served: Served, ask: Ask, choice: Choice, request: GenerateRequest, to: Placement
@@ -239,17 +261,25 @@ class Dispatcher:
                 return to
             except PeerLost as error:
                 log.warning("worker lost", worker_id=to.worker.worker_id, error=str(error))
-                to = self._place(served, ask, len(request.prompt_token_ids), exclude=to.worker)
+                to = self._place(
+                    served, ask, request.prompt_token_ids, request.request_id, exclude=to.worker
+                )
         raise Unavailable(f"no worker of model '{served.name}' can be reached")
 
     def _place(
-        self, served: Served, ask: Ask, num_prompt_tokens: int, exclude: Worker | None = None
+        self,
+        served: Served,
+        ask: Ask,
+        prompt: list[int],
+        request_id: str,
+        exclude: Worker | None = None,
     ) -> Placement:
-        return self._fleet.place(
+        return self._fleet.placer.place(
             served,
             ask.fields,
+            Query(prompt, cache_salt=ask.cache_salt, lora=served.lora),
             exclude,
-            num_prompt_tokens=num_prompt_tokens,
+            request_id=request_id,
             client_field=ask.client_field,
         )
 
@@ -284,7 +314,13 @@ class Dispatcher:
             return False
         choice.moves += 1
         try:
-            to = self._place(job.served, job.ask, len(request.prompt_token_ids), exclude=worker)
+            to = self._place(
+                job.served,
+                job.ask,
+                request.prompt_token_ids,
+                request.request_id,
+                exclude=worker,
+            )
             to = self._send(job.served, job.ask, choice, request, to)
         except LaunchError as nowhere:
             log.warning("stream cannot move", request_id=request.request_id, reason=str(nowhere))

@@ -44,6 +44,8 @@ class Connection(Protocol):
 class Exchange:
     """One request. ``status`` is the response's once it has started, else 0.
 
+    ``more_headers`` go with the response, whatever it is.
+
     A client that takes nothing for ``stall_timeout_s`` is dropped, so that no write waits for ever.
     """
 
@@ -58,6 +60,7 @@ class Exchange:
         self.status = 0
         self._body_read = False
         self._close_after = False
+        self.more_headers: list[tuple[bytes, bytes]] = []
         published = (scope.get("extensions") or {}).get(EXTENSION)
         self.connection: Connection | None = published[0] if published else None
         self._cycle: Any = published[1] if published else None
@@ -156,6 +159,7 @@ class Exchange:
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Send the head of the response."""
         headers.append((b"x-request-id", self.request_id.encode("ascii")))
+        headers += self.more_headers
         self.status = status
         await self._put({"type": "http.response.start", "status": status, "headers": headers})
 

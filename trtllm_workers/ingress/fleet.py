@@ -1,14 +1,13 @@
-"""Which workers live, for which model, and which of them takes the next request.
+"""Which workers live, for which model, and what is known of each.
 
-Follows discovery, keeps a connection to every worker, and loads a model's tokenizer when its first
-worker appears. Knows no request's text and no HTTP.
+Follows discovery, keeps a connection to every worker, tells the router what they say, and loads a model's
+tokenizer when its first worker appears. Which worker takes a request is decided in ``placing.py``. Knows no request's text and no HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from concurrent.futures import Executor
 from pathlib import Path
@@ -19,28 +18,24 @@ import structlog
 from trtllm_workers.errors import (
     LaunchError,
     ModelNotFound,
-    NotSupported,
     PeerLost,
     PlaneError,
     Unavailable,
 )
 from trtllm_workers.ingress.adapters import homes
-from trtllm_workers.ingress.served import Placement, Served, Worker
+from trtllm_workers.ingress.placing import Placer
+from trtllm_workers.ingress.served import Served, Worker
 from trtllm_workers.ingress.text import load_text_model
 from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
-from trtllm_workers.planes.messages import StatsAsk, WorkerStats
-from trtllm_workers.types import Address, Role, Strategy, WorkerRecord, WorkerState
+from trtllm_workers.planes.messages import EventsAsk, KvEvents, StatsAsk, WorkerStats
+from trtllm_workers.types import Address, Role, WorkerRecord, WorkerState
 
 log = structlog.get_logger(__name__)
 
+# Encode workers stand beside a chain, ingresses in front of it.
+_SERVING = (Role.AGGREGATED, Role.PREFILL, Role.DECODE)
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
-
-# Capability → what an operator does to have it, where that is more than another engine.
-_REMEDIES = {
-    "guided": "; guided decoding needs workers of engine trtllm whose engine config sets "
-    "guided_decoding_backend",
-}
 
 
 class Fleet:
@@ -55,13 +50,13 @@ class Fleet:
         plane: RequestPlane,
         discovery: Discovery,
         executor: Executor,
+        placer: Placer,
         *,
         on_lost: Callable[[Worker, PeerLost], None],
         model_path: Path | None = None,
         connect_timeout_s: float = 5.0,
-        strategy: Strategy = Strategy.DECODE_FIRST,
     ) -> None:
-        self._strategy = strategy
+        self.placer = placer
         self._plane = plane
         self._discovery = discovery
         self._executor = executor
@@ -73,7 +68,6 @@ class Fleet:
         self._by_address: dict[Address, Worker] = {}
         self._followers: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._loaders: dict[str, asyncio.Task[None]] = {}
-        self._turns: Counter[Role] = Counter()
         self._clashes_told: set[str] = set()
         self.models: dict[str, Served] = {}
         self.adapters: dict[str, Served] = {}
@@ -107,7 +101,7 @@ class Fleet:
         fresh = {
             (record.worker_id, record.address.incarnation): record
             for record in records
-            if record.role is not Role.ENCODE
+            if record.role in _SERVING
         }
         for key in [key for key in self._workers if key not in fresh]:
             # Its record is gone: no new requests. Its connection ends when the worker does.
@@ -138,8 +132,12 @@ class Fleet:
             loader = self._loaders.get(name)
             if served.text is None and (loader is None or loader.done()):
                 self._loaders[name] = _start(self._load(served, worker.record), f"load-{name}")
-        for name in [name for name, served in self.models.items() if not served.workers]:
-            del self.models[name]
+        for served in list(self.models.values()):
+            prefills = [one.record for one in served.workers if one.role is Role.PREFILL]
+            self.placer.prefills(served.name).update(prefills)
+            self.placer.makers(served.name).update([one.record for one in served.makers])
+            if not served.workers:
+                del self.models[served.name]
         self._group_adapters()
         self._tell_changed()
 
@@ -163,7 +161,11 @@ class Fleet:
 
     def _tell_changed(self) -> None:
         for served in (*self.models.values(), *self.adapters.values()):
+            served.refresh()
             served.has_been_whole |= served.text is not None and served.whole
+        for worker in self._workers.values():
+            pool = self.placer.pool_of(worker)
+            pool.set_open(worker.record.address, worker.takes_requests)
         self.changed.set()
 
     async def _load(self, served: Served, record: WorkerRecord) -> None:
@@ -202,6 +204,8 @@ class Fleet:
                 peer.send(StatsAsk())
             self._by_address[peer.address] = worker
             worker.problem = ""
+            if self.placer.router.follows_events:
+                self._ask_for_events(worker)
             self._tell_changed()
             log.info("worker connected", worker_id=worker.worker_id, model=worker.record.model)
             await worker.lost.wait()
@@ -234,11 +238,45 @@ class Fleet:
         if worker is None:
             return None
         worker.load = load
+        self.placer.pool_of(worker).told(worker.record.address, load.stats)
         ready = frozenset(pair.peer for pair in load.pairs if pair.state == "ready")
         if ready != worker.ready_pairs:
             worker.ready_pairs = ready
             self._tell_changed()
         return worker
+
+    def _ask_for_events(self, worker: Worker) -> None:
+        """Ask for a snapshot of what a worker has cached, and for every later change."""
+        worker.waits_for_events = True
+        if worker.record.no_kv_events:
+            worker.problem = (
+                f"the router needs KV events, and {worker.record.no_kv_events}; mend that, or start "
+                "the ingress with --router-events off"
+            )
+            return
+        worker.problem = "its KV events have not come yet"
+        worker.events_turn += 1
+        with contextlib.suppress(PeerLost):  # then peer_lost is on its way
+            if worker.peer is not None:
+                worker.peer.send(EventsAsk(worker.events_turn))
+
+    def peer_events(self, peer: Peer, message: KvEvents) -> None:
+        """Tell the router what a worker has cached or dropped; after a gap a snapshot is asked for."""
+        worker = self._by_address.get(peer.address)
+        if worker is None or worker.events_turn != message.turn:
+            return
+        address = worker.record.address
+        pool = self.placer.pool_of(worker)
+        if not pool.apply(address, message.events):
+            log.warning("KV events were lost; asking anew", worker_id=worker.worker_id)
+            worker.num_resyncs += 1
+            self._ask_for_events(worker)
+            worker.waits_for_events = False  # it works, only its cache is not known for a moment
+            worker.problem = ""
+        elif worker.waits_for_events and pool.has_snapshot(address):
+            worker.waits_for_events = False
+            worker.problem = ""
+            self._tell_changed()
 
     def find(self, model: str) -> Served | None:
         """Return a base model or an adapter by its name, ready or not."""
@@ -255,59 +293,6 @@ class Fleet:
         if not served.ready:
             raise Unavailable(f"model '{model}' is not ready: {served.missing}")
         return served
-
-    def place(
-        self,
-        served: Served,
-        needs: Collection[str],
-        exclude: Worker | None = None,
-        *,
-        num_prompt_tokens: int = 0,
-        client_field: Callable[[str], str] = str,
-    ) -> Placement:
-        """Return the workers with the fewest of our streams; equal ones take turns.
-
-        Raises Unavailable when none takes requests, NotSupported naming the first sampling field
-        of ``needs`` that none of them honours, as the client called it (``client_field``).
-        """
-        able = [w for w in served.makers if w.takes_requests and w is not exclude]
-        if not able and exclude is not None and exclude.role is Role.DECODE:
-            # It may have been the prefill worker's fault, and there is no other decode worker.
-            able = [exclude] if exclude.takes_requests else []
-        if not able:
-            raise Unavailable(f"model '{served.name}' has no worker left: {served.missing}")
-        for field in needs:
-            able = [worker for worker in able if field in worker.record.engine.capabilities]
-            if not able:
-                named = client_field(field)
-                raise NotSupported(
-                    f"'{named}' is not supported by the engine that serves '{served.name}'"
-                    + _REMEDIES.get(field, ""),
-                    param=named,
-                )
-        paired = [w for w in able if w.role is not Role.DECODE or served.is_paired(w)]
-        maker = self._least(paired or able)
-        if maker.role is not Role.DECODE or self._strategy is Strategy.DECODE_FIRST:
-            return Placement(maker)
-        if num_prompt_tokens <= maker.record.max_local_prefill_length:
-            return Placement(maker)
-        prefills = [
-            worker
-            for worker in served.workers
-            if worker.takes_requests
-            and worker is not exclude
-            and worker.record.address in maker.ready_pairs
-            # It chooses the first token. When none can, decode computes the prompt itself.
-            and all(field in worker.record.engine.capabilities for field in needs)
-        ]
-        return Placement(self._least(prefills), maker) if prefills else Placement(maker)
-
-    def _least(self, workers: list[Worker]) -> Worker:
-        fewest = min(worker.in_flight for worker in workers)
-        least = [worker for worker in workers if worker.in_flight == fewest]
-        role = least[0].role  # turns of their own: one request takes a worker of each role
-        self._turns[role] += 1
-        return least[self._turns[role] % len(least)]
 
 
 def _start(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -14,15 +14,25 @@ from trtllm_workers.ingress.dispatch import Dispatcher
 from trtllm_workers.ingress.fleet import Fleet
 from trtllm_workers.ingress.handoff_meters import observe_phases, show_handoffs
 from trtllm_workers.ingress.meters import Meters
+from trtllm_workers.ingress.placing import Placer
+from trtllm_workers.ingress.router_meters import show_router
 from trtllm_workers.ingress.served import Worker
 from trtllm_workers.ingress.settings import IngressSettings
 from trtllm_workers.ingress.streams import Streams
 from trtllm_workers.observe.metrics import Metrics, record_engine_stats
 from trtllm_workers.observe.metrics_table import TABLE
 from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
-from trtllm_workers.planes.messages import Drain, Message, Tokens, WorkerStats
+from trtllm_workers.planes.messages import (
+    Drain,
+    KvEvents,
+    Message,
+    StopAsk,
+    Tokens,
+    WorkerStats,
+)
 
 _REGISTERED = "trtllm_launch_registered_workers"
+_HIT_RATE = "trtllm_launch_router_hit_rate"
 _FRAMES = "trtllm_launch_frames_sent_total"
 _ENGINE_METRICS = tuple(spec.name for spec in TABLE if "worker_id" in spec.labels)
 
@@ -39,14 +49,22 @@ class Ingress:
         self.fleet: Fleet | None = None
         self.dispatcher: Dispatcher | None = None
         self._streams: Streams | None = None
+        # Told when somebody closes the deployment: drain for so many seconds, and why.
+        self.on_stop_ask: Callable[[StopAsk], None] | None = None
 
     def on_message(self, peer: Peer, message: Message) -> None:
-        """Take one message from a worker."""
+        """Take one message from a worker, or from whoever closes the deployment."""
         if isinstance(message, Tokens):
             if self._streams is not None:
                 self._streams.on_tokens(peer, message)
         elif self.fleet is None:
             return
+        elif isinstance(message, StopAsk):
+            if self.on_stop_ask is not None:
+                peer.send(Drain(message.reason))
+                self.on_stop_ask(message)
+        elif isinstance(message, KvEvents):
+            self.fleet.peer_events(peer, message)
         elif isinstance(message, Drain):
             self.fleet.peer_drains(peer, message.reason)
         elif isinstance(message, WorkerStats):
@@ -63,15 +81,16 @@ class Ingress:
     async def running(self, plane: RequestPlane, discovery: Discovery) -> AsyncIterator[IngressApp]:
         """Follow the workers and yield the app; ``plane`` has been started."""
         executor = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="text")
-        streams = self._streams = Streams(plane.address)
+        placer = Placer(self._settings.router.open(), self._settings.strategy)
+        streams = self._streams = Streams(plane.address, placer.charge)
         fleet = self.fleet = Fleet(
             plane,
             discovery,
             executor,
+            placer,
             on_lost=self._worker_lost,
             model_path=self._settings.model_path,
             connect_timeout_s=self._settings.connect_timeout_s,
-            strategy=self._settings.strategy,
         )
         dispatcher = self.dispatcher = Dispatcher(
             fleet, streams, Meters(self.metrics), self._settings
@@ -93,7 +112,7 @@ class Ingress:
         """Set what is read from the workers when somebody looks; those that are gone show nothing."""
         if self.fleet is None:
             return
-        for name in (_REGISTERED, *_ENGINE_METRICS):
+        for name in (_REGISTERED, _HIT_RATE, *_ENGINE_METRICS):
             self.metrics.remove(name)
         for served in self.fleet.models.values():
             for worker in served.workers:
@@ -104,6 +123,7 @@ class Ingress:
                     frames = self.metrics.counter(_FRAMES, worker_id=worker.worker_id)
                     frames.advance_to(worker.load.num_frames)
                     show_handoffs(self.metrics, worker.load)
+        show_router(self.metrics, self.fleet)
 
     async def drain(self, reason: str, timeout_s: float) -> bool:
         """Take no new requests and wait for the running ones. True when all have ended."""

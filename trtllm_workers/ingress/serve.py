@@ -7,19 +7,24 @@ import contextlib
 import gc
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import structlog
 import uvicorn
 
+from trtllm_workers.errors import LaunchError
 from trtllm_workers.ingress.app import IngressApp
 from trtllm_workers.ingress.http import http_protocol
 from trtllm_workers.ingress.parts import Ingress
 from trtllm_workers.ingress.ports import listen
 from trtllm_workers.ingress.settings import IngressSettings
 from trtllm_workers.observe.status import StatusFile
+from trtllm_workers.planes.base import Discovery
 from trtllm_workers.planes.discovery import open_discovery
 from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
+from trtllm_workers.planes.messages import StopAsk
+from trtllm_workers.types import NO_ENGINE, Role, WorkerRecord
 
 __all__ = ["IngressSettings", "serve_ingress"]
 
@@ -52,10 +57,35 @@ async def serve_ingress(settings: IngressSettings) -> None:
         try:
             await mesh.start()
             async with ingress.running(mesh, discovery) as app:
-                await _serve_http(ingress, app, sock, settings, status)
+                joining = asyncio.create_task(_register(mesh, discovery, settings), name="register")
+                try:
+                    await _serve_http(ingress, app, sock, settings, status)
+                finally:
+                    joining.cancel()
+                    await asyncio.gather(joining, return_exceptions=True)
         finally:
             await mesh.close()
             await discovery.close()
+
+
+async def _register(mesh: TcpMesh, discovery: Discovery, settings: IngressSettings) -> None:
+    """Let the deployment be found as a whole. Serving does not depend on it, so failing is no error."""
+    address = mesh.address
+    record = WorkerRecord(
+        # Any number of ingresses may stand before one deployment.
+        worker_id=f"{settings.process_name}-{address.incarnation[-8:]}",
+        model="",
+        role=Role.INGRESS,
+        address=address,
+        engine=NO_ENGINE,
+        started_at_s=time.time(),
+    )
+    try:
+        await discovery.register(record)
+    except LaunchError as error:
+        log.warning(
+            "this ingress is not registered; 'stop --all-hosts' will not find it", why=str(error)
+        )
 
 
 async def _serve_http(
@@ -80,6 +110,14 @@ async def _serve_http(
     server = HttpServer(app, settings, listening)
     serving = asyncio.create_task(server.serve(sockets=[sock]), name="http")
     signals: asyncio.Queue[str] = asyncio.Queue()
+    drain_timeout_s = [settings.drain_timeout_s]
+
+    def told(message: StopAsk) -> None:
+        if settings.tells_launcher_to_stop is None or not settings.tells_launcher_to_stop():
+            drain_timeout_s[0] = message.drain_timeout_s
+            signals.put_nowait(message.reason)
+
+    ingress.on_stop_ask = told
     with _signals(signals):
         stopped = asyncio.create_task(signals.get(), name="signals")
         try:
@@ -87,7 +125,7 @@ async def _serve_http(
             if serving.done():
                 return serving.result()
             status.report("draining")
-            await _drain(ingress, stopped.result(), signals, settings.drain_timeout_s)
+            await _drain(ingress, stopped.result(), signals, drain_timeout_s[0])
             server.should_exit = True
             await serving
         finally:

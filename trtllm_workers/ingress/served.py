@@ -6,16 +6,26 @@ An adapter is served as a model of its own, by those workers of its base model t
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from trtllm_workers.ingress.text import TextModel
 from trtllm_workers.planes.base import Peer
 from trtllm_workers.planes.messages import WorkerStats
 from trtllm_workers.types import Address, Role, WorkerRecord, WorkerState
 
+if TYPE_CHECKING:
+    from trtllm_workers.ingress.placing import Decision
+    from trtllm_workers.router.pool import Choice, Query
+
 
 class Worker:
-    """One worker as this ingress sees it. ``in_flight`` counts our own streams on it."""
+    """One worker as this ingress sees it. ``in_flight`` counts our own streams on it.
+
+    ``events_turn`` numbers our asks for its KV events; ``waits_for_events`` is true while the router
+    needs a snapshot of them that has not come. ``decisions`` counts choices of it by router mode.
+    """
 
     def __init__(self, record: WorkerRecord) -> None:
         self.record = record
@@ -26,6 +36,12 @@ class Worker:
         self.load: WorkerStats | None = None
         self.lost = asyncio.Event()
         self.ready_pairs: frozenset[Address] = frozenset()
+        self.events_turn = 0
+        self.waits_for_events = False
+        self.num_resyncs = 0
+        self.decisions: Counter[str] = Counter()
+        self.overlap_tokens = 0
+        self.placed_tokens = 0
 
     @property
     def worker_id(self) -> str:
@@ -40,22 +56,36 @@ class Worker:
     @property
     def takes_requests(self) -> bool:
         """True while a new request may be sent to it."""
-        return self.peer is not None and not self.draining
+        return self.peer is not None and not self.draining and not self.waits_for_events
 
     @property
     def state(self) -> str:
         """What people are shown."""
         if self.peer is None:
             return "unreachable"
-        return "draining" if self.draining else "ready"
+        if self.draining:
+            return "draining"
+        return "without KV events" if self.waits_for_events else "ready"
+
+    def count_decision(self, choice: Choice) -> None:
+        """Take notice that the router sent a prompt here."""
+        self.decisions[str(choice.mode)] += 1
+        self.overlap_tokens += choice.overlap_tokens
+        self.placed_tokens += choice.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a request goes: to ``worker``, which with ``decode`` set prefills and hands over to that."""
+    """Where a request goes: to ``worker``, which with ``decode`` set prefills and hands over to that.
+
+    ``prefill`` is the prefill worker that ``worker``, a decode worker, shall ask.
+    """
 
     worker: Worker
     decode: Worker | None = None
+    prefill: Worker | None = None
+    decision: Decision | None = None
+    query: Query | None = None
 
 
 @dataclass(slots=True)
@@ -79,6 +109,32 @@ class Served:
         self.created_s = 0
         self.workers: list[Worker] = []
         self.has_been_whole = False
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Work out what every placement looks at; to be called when workers or pairs change.
+
+        ``holders`` are the makers that a request may go to (None: all of the model's), and
+        ``paired_makers`` those of them that need not prefill alone (None: all, or none).
+        """
+        makers = self.makers
+        prefills = [worker for worker in self.workers if worker.role is Role.PREFILL]
+        self.by_address = {worker.record.address: worker for worker in self.workers}
+        self.common_capabilities = _common(makers)
+        self.prefill_capabilities = _common(prefills)
+        self.holders = None if self.base is None else _addresses(makers)
+        paired = [worker for worker in makers if self.can_prefill_for(worker)]
+        some = 0 < len(paired) < len(makers)
+        self.paired_makers = _addresses(paired) if some else None
+
+    @property
+    def base_name(self) -> str:
+        """The name of the base model."""
+        return self.name if self.base is None else self.base.name
+
+    def can_prefill_for(self, maker: Worker) -> bool:
+        """True when a prompt for ``maker`` can be computed where it should be."""
+        return maker.role is not Role.DECODE or self.is_paired(maker)
 
     @property
     def lora(self) -> str:
@@ -104,10 +160,7 @@ class Served:
     @property
     def whole(self) -> bool:
         """True when a chain is up from the first worker to the last."""
-        return any(
-            worker.takes_requests and (worker.role is not Role.DECODE or self.is_paired(worker))
-            for worker in self.makers
-        )
+        return any(worker.takes_requests and self.can_prefill_for(worker) for worker in self.makers)
 
     def is_paired(self, decode: Worker) -> bool:
         """True when ``decode`` has a prefill worker for this model; an adapter's must hold it too."""
@@ -169,3 +222,13 @@ class Served:
             return " that holds this adapter"
         pairs = [f"{one.peer.peer_id} {one.state}: {one.reason}" for one in decode.load.pairs]
         return ": " + ("; ".join(pairs) or "none has registered")
+
+
+def _common(workers: list[Worker]) -> frozenset[str]:
+    """Return the capabilities that all of the workers have."""
+    each = [frozenset(worker.record.engine.capabilities) for worker in workers]
+    return frozenset.intersection(*each) if each else frozenset()
+
+
+def _addresses(workers: list[Worker]) -> frozenset[Address]:
+    return frozenset(worker.record.address for worker in workers)

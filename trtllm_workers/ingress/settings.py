@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from trtllm_workers.router.cost import Weights
+from trtllm_workers.router.policies import RouterMode
+from trtllm_workers.router.router import Router
 from trtllm_workers.types import Strategy
 
 MIB = 1 << 20
@@ -13,6 +16,19 @@ MIB = 1 << 20
 
 def _ignore_listening(_host: str, _port: int) -> None:
     """Tell nobody where the ingress listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """How workers are chosen, and whether the router follows their KV events."""
+
+    mode: RouterMode = RouterMode.LEAST_LOADED
+    weights: Weights = field(default_factory=Weights)
+    uses_events: bool = True
+
+    def open(self) -> Router:
+        """Return a router that is set so."""
+        return Router(self.mode, self.weights, uses_events=self.uses_events)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +51,9 @@ class IngressSettings:
       for so long, or lets so much pile up, is dropped and its request aborted.
     * ``drain_timeout_s``: on SIGTERM running streams get this long, then they are aborted.
     * ``strategy``: who gets a request first where prefill and decode are apart.
+    * ``router``: how workers are chosen.
+    * ``tells_launcher_to_stop``: called when the deployment is closed from elsewhere; True: the launcher
+      that started this process was told, and will end it in its turn.
     * ``migration_limit``: how often one stream may move to another worker when its own dies.
     """
 
@@ -58,6 +77,8 @@ class IngressSettings:
     keep_alive_timeout_s: float = 75.0
     drain_timeout_s: float = 30.0
     strategy: Strategy = Strategy.DECODE_FIRST
+    router: RouterSettings = field(default_factory=RouterSettings)
     migration_limit: int = 3
     access_log: bool = False
+    tells_launcher_to_stop: Callable[[], bool] | None = None
     on_listening: Callable[[str, int], None] = _ignore_listening

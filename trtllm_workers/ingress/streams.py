@@ -6,7 +6,7 @@ the choice, which writes to its client.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import structlog
@@ -17,6 +17,7 @@ from trtllm_workers.ingress.served import Placement, Worker
 from trtllm_workers.planes.base import Peer
 from trtllm_workers.planes.frames import columns
 from trtllm_workers.planes.messages import Abort, Submit, Tokens
+from trtllm_workers.router.pool import Charge
 from trtllm_workers.types import Address, GenerateRequest
 
 _LAST_NUMBER = 0xFFFFFFFF
@@ -31,6 +32,7 @@ class _Place:
     number: int
     first: Worker
     decode: Worker | None
+    charges: tuple[Charge, ...]
 
     @property
     def workers(self) -> tuple[Worker, ...]:
@@ -38,10 +40,16 @@ class _Place:
 
 
 class Streams:
-    """The streams in flight of one ingress. ``reply_to`` is the ingress's own plane address."""
+    """The streams in flight of one ingress. ``reply_to`` is the ingress's own plane address.
 
-    def __init__(self, reply_to: Address) -> None:
+    ``charge`` tells the router that a request was sent; what it returns is told how that goes on.
+    """
+
+    def __init__(
+        self, reply_to: Address, charge: Callable[[Placement], tuple[Charge, ...]]
+    ) -> None:
         self._reply_to = reply_to
+        self._charge = charge
         self._choices: dict[int, Choice] = {}
         self._places: dict[Choice, _Place] = {}
         self._next = 1
@@ -56,9 +64,10 @@ class Streams:
             raise PeerLost(f"worker {to.worker.worker_id} is not connected")
         number = self._number()
         decode = to.decode.record.address if to.decode is not None else None
-        peer.send(Submit(number, request, self._reply_to, decode))
+        prefill = to.prefill.record.address if to.prefill is not None else None
+        peer.send(Submit(number, request, self._reply_to, decode, prefill))
         self._choices[number] = choice
-        place = self._places[choice] = _Place(number, to.worker, to.decode)
+        place = self._places[choice] = _Place(number, to.worker, to.decode, self._charge(to))
         for worker in place.workers:
             worker.in_flight += 1
 
@@ -92,6 +101,8 @@ class Streams:
             del self._choices[place.number]
             for worker in place.workers:
                 worker.in_flight -= 1
+            for charge in place.charges:
+                charge.ended()
 
     def drop(self, choice: Choice) -> None:
         """Forget a choice that a worker failed; the other one of a chain is told to stop."""
@@ -142,6 +153,9 @@ class Streams:
         for number, chunk in message.rich:
             choice = find(number)
             if choice is not None:
+                if not choice.first_s and (place := self._places.get(choice)) is not None:
+                    for charge in place.charges:
+                        charge.computed()
                 try:
                     choice.on_chunk(chunk)
                 except Exception as error:  # noqa: BLE001  one stream must not end the others

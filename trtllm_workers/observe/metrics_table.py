@@ -109,6 +109,43 @@ TABLE: tuple[Spec, ...] = (
         ("model", "role", "state"),
         "Workers that discovery shows.",
     ),
+    # The router of this ingress: its choices of workers that are registered now.
+    Spec(
+        "trtllm_launch_router_decisions_total",
+        "counter",
+        ("worker_id", "mode"),
+        "Requests sent to a worker, by router mode; of a chain both workers count.",
+    ),
+    Spec(
+        "trtllm_launch_router_placed_tokens_total",
+        "counter",
+        ("worker_id",),
+        "Prompt tokens of those requests.",
+    ),
+    Spec(
+        "trtllm_launch_router_overlap_tokens_total",
+        "counter",
+        ("worker_id",),
+        "Of those, tokens that the router took for cached at the worker (mode kv).",
+    ),
+    Spec(
+        "trtllm_launch_router_index_blocks",
+        "gauge",
+        ("worker_id",),
+        "Cached KV blocks of the worker that the router knows from its events.",
+    ),
+    Spec(
+        "trtllm_launch_router_resyncs_total",
+        "counter",
+        ("worker_id",),
+        "Snapshots of a worker's cache asked for because KV events were lost.",
+    ),
+    Spec(
+        "trtllm_launch_router_hit_rate",
+        "gauge",
+        ("model",),
+        "Overlap tokens over placed tokens, 0 to 1, of the workers that compute prompts.",
+    ),
     # Written by a worker.
     Spec(
         "trtllm_launch_engine_running_requests",

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from trtllm_workers.blocks import namespace
 from trtllm_workers.engines.event_log import KvEventLog
 from trtllm_workers.engines.trtllm.kv_index import KvIndex
 from trtllm_workers.engines.trtllm.polling import Rearm, poll
@@ -146,7 +147,5 @@ class Books:
 
 
 def namespace_of(request: GenerateRequest) -> str:
-    """Return what separates a request's blocks from equal tokens of others: its salt and its adapter."""
-    if not request.lora:
-        return request.cache_salt
-    return f"{request.cache_salt}\0{request.lora}"
+    """Return what separates a request's blocks from equal tokens of others."""
+    return namespace(request.cache_salt, request.lora)

@@ -50,6 +50,8 @@ INGRESS_OPTIONS = (
     "log_level",
     "log_format",
 )
+# What it takes to find a deployment and to be believed by it.
+STOP_OPTIONS = ("drain_timeout_s", *_MEETING)
 _EVERY_WORKER = (
     "model_path",
     "served_model_name",

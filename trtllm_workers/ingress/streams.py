@@ -18,9 +18,11 @@ from trtllm_workers.planes.base import Peer
 from trtllm_workers.planes.frames import columns
 from trtllm_workers.planes.messages import Abort, Submit, Tokens
 from trtllm_workers.router.pool import Charge
-from trtllm_workers.types import Address, GenerateRequest
+from trtllm_workers.types import Address, FinishReason, GenerateRequest
 
 _LAST_NUMBER = 0xFFFFFFFF
+# Ends of a stream that say nothing about its prompt having been computed.
+_FAILED = (FinishReason.ABORT, FinishReason.ERROR)
 
 log = structlog.get_logger(__name__)
 
@@ -153,8 +155,8 @@ class Streams:
         for number, chunk in message.rich:
             choice = find(number)
             if choice is not None:
-                if not choice.first_s and (place := self._places.get(choice)) is not None:
-                    for charge in place.charges:
+                if not choice.first_s and chunk.finish_reason not in _FAILED:
+                    for charge in self._places[choice].charges:
                         charge.computed()
                 try:
                     choice.on_chunk(chunk)

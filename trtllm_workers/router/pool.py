@@ -95,7 +95,7 @@ class Charge:
             was_computed = self._computed
             self.computed()
             self._ended = True
-            self._pool.left(self._slot, () if was_computed else self._blocks)
+            self._pool.left(self._slot, self._blocks, come=was_computed)
 
 
 class Pool:
@@ -139,7 +139,8 @@ class Pool:
         )  # what it told beyond ours; below 0: ours that it did not know
         self._waiting = wider("_waiting")  # our prompt tokens that are not computed yet
         self._others_waiting = wider("_others_waiting")  # requests of others that wait there
-        self._available = wider("_available")  # blocks
+        self._holding = wider("_holding")  # new blocks of our open requests
+        self._available = wider("_available")  # blocks to be had, those included
         is_open: Bools = np.zeros(size, dtype=np.bool_)
         is_open[: len(self._by_number)] = getattr(self, "_open", is_open)[: len(self._by_number)]
         self._open = is_open
@@ -175,7 +176,13 @@ class Pool:
         number = slot.number
         self._index.clear(number)
         self._expected.forget(number)
-        for column in (self._ours, self._others, self._waiting, self._others_waiting):
+        for column in (
+            self._ours,
+            self._others,
+            self._waiting,
+            self._others_waiting,
+            self._holding,
+        ):
             column[number] = 0.0
         self._set_open(number, False)
         self._by_number[number] = None
@@ -202,7 +209,9 @@ class Pool:
         ours = self._ours[number]
         self._others[number] = stats.num_running + stats.num_waiting - ours
         self._others_waiting[number] = max(0.0, stats.num_waiting - ours)
-        self._available[number] = stats.free_blocks + stats.cached_blocks
+        # Of what we hold now it knew when it told; what we take and give back from here on changes it.
+        available = stats.free_blocks + stats.cached_blocks + self._holding[number]
+        self._available[number] = available
 
     # --- what they hold ------------------------------------------------------------------------
 
@@ -328,7 +337,7 @@ class Pool:
         prompt_tokens = len(query.prompt_token_ids)
         overlap = self._overlap(query, engine, bits)
         waiting = self._waiting + self._others_waiting * prompt_tokens
-        loads = Loads(self._requests(), waiting, self._available, barred)
+        loads = Loads(self._requests(), waiting, self._available - self._holding, barred)
         found = costs(loads, overlap, prompt_tokens, engine.block_size, self._weights)
         if self._weights.temperature:
             number = policies.draw(found.total, self._weights.temperature, self._rng)
@@ -408,7 +417,7 @@ class Pool:
             chain = query.chain(engine.model_id, engine.block_size)
             held = self._index
             blocks = [one for one in chain.all() if not held.holds(number, one)]
-            self._available[number] -= len(blocks)
+            self._holding[number] += len(blocks)
             self._expected.expect(number, blocks, self._now(), max(1, engine.num_blocks))
         return Charge(self, slot, uncached, blocks)
 
@@ -418,12 +427,14 @@ class Pool:
             waiting = self._waiting[slot.number] - uncached
             self._waiting[slot.number] = max(0.0, waiting)
 
-    def left(self, slot: _Slot, never_came: Sequence[bytes]) -> None:
-        """Take notice that a request has ended; ``never_came`` will not be cached."""
-        if self._by_number[slot.number] is slot:
-            self._ours[slot.number] = max(0.0, self._ours[slot.number] - 1)
-            if never_came:
-                self._expected.settle(slot.number, never_came)
+    def left(self, slot: _Slot, blocks: Sequence[bytes], *, come: bool) -> None:
+        """Take notice that a request has ended; its new blocks have come into the cache, or never will."""
+        number = slot.number
+        if self._by_number[number] is slot:
+            self._ours[number] = max(0.0, self._ours[number] - 1)
+            self._holding[number] = max(0.0, self._holding[number] - len(blocks))
+            if not come:
+                self._expected.settle(number, blocks)
 
 
 class _NoCharge(Charge):

@@ -16,7 +16,7 @@ import uvloop
 from tests.contract import test_request_plane
 from tests.contract.planes import SECRET, Net, TcpNet, soon
 from tests.contract.wire import STRANGER, Wire, dialed, listening, stay_silent
-from trtllm_workers.errors import ConfigError, PeerLost, StartError
+from trtllm_workers.errors import ConfigError, PeerLost, StaleIncarnation, StartError
 from trtllm_workers.planes import connection, mesh
 from trtllm_workers.planes.frames import PROTOCOL_VERSION, encode
 from trtllm_workers.planes.handshake import Handshake
@@ -217,6 +217,27 @@ async def test_process_that_stood_still_itself_does_not_lose_its_peers(net: TcpN
     worker.received[0][0].send(Drain("me too"))
     await ingress.until(lambda: ingress.received)
     assert ingress.lost == worker.lost == []
+
+
+async def test_a_life_that_seems_older_is_let_in_once_the_younger_one_is_long_gone(
+    net: TcpNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ingress = await net.endpoint("ingress-0")
+    worker = await net.endpoint("worker-0", incarnation="2")
+    await soon(ingress.plane.connect(worker.address))
+    await soon(worker.plane.close())
+    await ingress.until(lambda: ingress.lost)
+    # Its host's clock was set back before it was started again.
+    again = await net.endpoint("worker-0", incarnation="1")
+    with pytest.raises(StaleIncarnation):
+        await soon(ingress.plane.connect(again.address))
+    monkeypatch.setattr(mesh, "FORGET_LIFE_S", 0.0)
+    async with asyncio.timeout(5):
+        while True:
+            with contextlib.suppress(StaleIncarnation):
+                peer = await ingress.plane.connect(again.address)
+                break
+    assert peer.address == again.address
 
 
 BAD_FRAMES = {

@@ -29,6 +29,9 @@ HALF_OPEN_GRACE_S: Final = 1.0
 MAX_BUFFERED_BYTES: Final = 64 * 1024 * 1024  # waiting for one peer that does not read
 _MAX_KNOWN_PEERS: Final = 4096
 _CLOSE_TIMEOUT_S: Final = 1.0
+# A host's clock may be set back; its next life then seems older than the one that is gone. No frame of that
+# one is still on its way after so long, so it no longer keeps the next one out.
+FORGET_LIFE_S: Final = 60.0
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +59,8 @@ class TcpMesh:
       (``new_incarnation``). Port 0 takes any free port.
     * ``advertise_host`` is what others are told to connect to; it must be given when ``host`` is a
       wildcard such as 0.0.0.0.
+    * Of a peer without a connection the youngest life is remembered for ``FORGET_LIFE_S``; older ones are
+      refused until then.
     * A peer of which nothing is heard for ``ping_deadline_s`` is lost; a silent one is asked every
       ``ping_interval_s``. A process whose own loop stood still does not hold that against others.
     * When both ends dial at once, two connections live; ``peer`` keeps naming the same one while it
@@ -94,6 +99,7 @@ class TcpMesh:
         self.on_message = on_message
         self.max_buffered_bytes = max_buffered_bytes
         self.youngest: dict[str, str] = {}
+        self._gone_since_s: dict[str, float] = {}  # peers whose last connection has ended
         self._on_lost = on_lost
         self._host, self._port = host, port
         self._advertised = Address(advertise_host or host, port, peer_id, incarnation)
@@ -216,6 +222,7 @@ class TcpMesh:
         self._half_open.pop(connection, None)
         address = connection.address
         key = (address.peer_id, address.incarnation)
+        self._gone_since_s.pop(address.peer_id, None)
         self._remember_youngest(address)
         for (peer_id, incarnation), others in list(self._peers.items()):
             if peer_id == address.peer_id and incarnation < address.incarnation:
@@ -241,6 +248,8 @@ class TcpMesh:
         self._peers[key].remove(connection)
         if not self._peers[key]:
             del self._peers[key]
+            if not any(peer_id == address.peer_id for peer_id, _ in self._peers):
+                self._gone_since_s[address.peer_id] = asyncio.get_running_loop().time()
         lost = error if isinstance(error, PeerLost) else PeerLost(str(error))
         log.info("peer lost", peer=str(address), reason=str(lost))
         try:
@@ -280,6 +289,12 @@ class TcpMesh:
         if len(self.youngest) > _MAX_KNOWN_PEERS:
             del self.youngest[next(iter(self.youngest))]
 
+    def _forget_lives(self, now_s: float) -> None:
+        for peer_id, since_s in list(self._gone_since_s.items()):
+            if now_s - since_s > FORGET_LIFE_S:
+                del self._gone_since_s[peer_id]
+                self.youngest.pop(peer_id, None)
+
     def _schedule_tick(self, loop: asyncio.AbstractEventLoop) -> None:
         due_s = loop.time() + self._ping_interval_s
         self._tick = loop.call_at(due_s, self._look_around, loop, due_s)
@@ -289,6 +304,7 @@ class TcpMesh:
         now_s = loop.time()
         # Late: this loop stood still, so what peers sent meanwhile has not been read yet.
         late = now_s - due_s > self._ping_interval_s
+        self._forget_lives(now_s)
         for connections in list(self._peers.values()):
             for connection in list(connections):
                 if late:

@@ -9,12 +9,27 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "launch"
+HERE = os.uname().nodename
 SHARED = "find_command.sh"
 # What each adds to the command; agg.sh is the plain one.
 WORDS = {
     "agg.sh": ["up"],
     "disagg.sh": ["up", "--disaggregated"],
     "gpt_oss_disagg.sh": ["up", "--disaggregated"],
+    "agg_router.sh": ["up"],
+    "disagg_router.sh": ["up", "--disaggregated"],
+}
+# Those whose first word says which step of a deployment on several hosts they are.
+STEPS = {
+    ("skeleton_agg.sh", "ingress"): ["ingress", "--plane-host", "0.0.0.0"],
+    ("skeleton_agg.sh", "worker"): ["worker", "--worker-id", HERE, "--host", "0.0.0.0"],
+    ("skeleton_disagg.sh", "ingress"): ["ingress", "--plane-host", "0.0.0.0"],
+    **{
+        ("skeleton_disagg.sh", role): [
+            *("worker", "--role", role, "--worker-id", f"{role}-{HERE}", "--host", "0.0.0.0")
+        ]
+        for role in ("prefill", "decode")
+    },
 }
 # Where an empty or missing MODEL_PATH is filled in.
 MODELS = {"gpt_oss_disagg.sh": "/model"}
@@ -73,7 +88,10 @@ def copied_launcher(tmp_path: Path, name: str) -> Path:
 
 
 def test_every_launcher_is_tested() -> None:
-    assert {path.name for path in FOLDER.glob("*.sh")} == {SHARED, *WORDS}
+    assert {path.name for path in FOLDER.glob("*.sh")} == {
+        *(SHARED, *WORDS),
+        *(script for script, _ in STEPS),
+    }
 
 
 def test_launcher_is_short_and_keeps_to_the_rules(name: str) -> None:
@@ -139,3 +157,29 @@ def test_launcher_without_an_environment_says_what_to_run(
     assert f"launch/{name}: no trtllm-launch" in done.stderr
     assert f"run 'make setup' in {launcher.parents[1]} first" in done.stderr
     assert ("/no/venv/bin/trtllm-launch" in done.stderr) is named
+
+
+@pytest.mark.parametrize(("script", "step"), STEPS)
+def test_steps_become_the_command_with_what_is_said_besides(
+    script: str, step: str, tmp_path: Path, calls: Path
+) -> None:
+    text = (FOLDER / script).read_text()
+    assert len(text.splitlines()) <= 30
+    assert f"launch/{script} {step}" in text
+    venv = fake_cli(tmp_path / "my venv" / "bin").parent
+    for word in AWKWARD:
+        done = run(FOLDER / script, step, "--x", word, calls=calls, TRTLLM_LAUNCH_VENV=str(venv))
+        assert done.returncode == 7, done.stderr
+        assert words_of(calls) == [*STEPS[script, step], "--x", word]
+
+
+@pytest.mark.parametrize("words", [[], ["sideways"], ["--dry-run"]])
+@pytest.mark.parametrize("script", sorted({script for script, _ in STEPS}))
+def test_a_step_that_is_none_is_refused(
+    script: str, words: list[str], tmp_path: Path, calls: Path
+) -> None:
+    venv = fake_cli(tmp_path / "bin").parent
+    done = run(FOLDER / script, *words, calls=calls, TRTLLM_LAUNCH_VENV=str(venv))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: {script} ingress|")
+    assert not calls.exists()

@@ -13,7 +13,7 @@ from trtllm_workers.cli.options import (
     secret_variables,
     table_options,
 )
-from trtllm_workers.cli.part import ADVERTISE_HOST, STATUS_FILE
+from trtllm_workers.cli.part import ADVERTISE_HOST, DRY_RUN_HELP, STATUS_FILE
 from trtllm_workers.config.options import Option
 from trtllm_workers.deploy.names import INGRESS_OPTIONS
 
@@ -44,7 +44,8 @@ PLANE_PORT = Option(
 @click.command("ingress", cls=GroupedCommand, variables=secret_variables(INGRESS_OPTIONS))
 @table_options(INGRESS_OPTIONS)
 @own_options(PLANE_HOST, PLANE_PORT, ADVERTISE_HOST, STATUS_FILE)
-def command(**values: Any) -> int:
+@click.option("--dry-run", is_flag=True, help=DRY_RUN_HELP)
+def command(dry_run: bool, **values: Any) -> int:
     """Run one ingress: the OpenAI-compatible HTTP process."""
     from trtllm_workers.cli.part import (
         begin_logs,
@@ -54,6 +55,7 @@ def command(**values: Any) -> int:
         run_loop,
     )
     from trtllm_workers.config.env import environment
+    from trtllm_workers.config.settings import show_settings
     from trtllm_workers.deploy.prepare import prepare_settings
     from trtllm_workers.observe.status import StatusFile
 
@@ -62,8 +64,11 @@ def command(**values: Any) -> int:
     StatusFile(status_file).report("starting")
     settings = prepare_settings(explicit(values), environ, only=INGRESS_OPTIONS)
     warn_alone(settings.warnings, environ)
-    begin_logs("ingress", settings)
     discovery = discovery_of(settings)
+    if dry_run:
+        print(show_settings(settings, INGRESS_OPTIONS))
+        return 0
+    begin_logs("ingress", settings)
     plane_host = own_value(PLANE_HOST, values["plane_host"])
     plane_port = own_value(PLANE_PORT, values["plane_port"])
 

@@ -40,6 +40,9 @@ ADVERTISE_HOST = Option(
 )
 
 
+DRY_RUN_HELP = "Check and show every setting, and start nothing."
+
+
 def own_value(entry: Option, given: Any) -> Any:
     """Return a value of an option that is not in the settings table, checked the same way."""
     if given is None:

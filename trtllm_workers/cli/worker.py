@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trtllm_workers.cli.common import explicit, warn_alone
+from trtllm_workers.cli.common import explicit, warn, warn_alone
 from trtllm_workers.cli.options import (
     GroupedCommand,
     own_options,
     secret_variables,
     table_options,
 )
-from trtllm_workers.cli.part import ADVERTISE_HOST, STATUS_FILE
+from trtllm_workers.cli.part import ADVERTISE_HOST, DRY_RUN_HELP, STATUS_FILE
 from trtllm_workers.config.options import Option
 from trtllm_workers.deploy.names import WORKER_OPTIONS
 
@@ -100,7 +100,8 @@ class _WorkerCommand(GroupedCommand):
 @click.command("worker", cls=_WorkerCommand, variables=secret_variables(WORKER_OPTIONS))
 @table_options(WORKER_OPTIONS)
 @own_options(WORKER_ID, ROLE, HOST, PORT, ADVERTISE_HOST, STATUS_FILE)
-def command(**values: Any) -> int:
+@click.option("--dry-run", is_flag=True, help=DRY_RUN_HELP)
+def command(dry_run: bool, **values: Any) -> int:
     """Run one worker: an engine behind the request plane."""
     from trtllm_workers.cli.part import (
         begin_logs,
@@ -116,6 +117,8 @@ def command(**values: Any) -> int:
         calm_openmp,
         mpi_rank,
     )
+    from trtllm_workers.config.settings import show_settings
+    from trtllm_workers.deploy.names import worker_options
     from trtllm_workers.deploy.prepare import prepare_worker
     from trtllm_workers.observe.status import StatusFile
     from trtllm_workers.types import Role
@@ -130,6 +133,10 @@ def command(**values: Any) -> int:
     settings, engine_config = prepared.settings, prepared.engine_configs[Role(role)]
     worker_id = own_value(WORKER_ID, values["worker_id"])
     discovery = discovery_of(settings)
+    if dry_run:
+        warn((*settings.warnings, *prepared.notes))
+        print(show_settings(settings, worker_options(Role(role))))
+        return 0
     extra = _engine_options(settings, role, environ)
     if WORLD_SIZE in environ and mpi_rank(environ) == 0:  # a world that never forms is told as such
         ranks = f"MPI world of {environ[WORLD_SIZE]} ranks"

@@ -12,7 +12,7 @@ A caller does::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,10 +235,12 @@ def _settle_planes(layers: Layers) -> None:
         )
 
 
-def show_settings(settings: Settings) -> str:
+def show_settings(settings: Settings, only: Collection[str] | None = None) -> str:
     """Return the settings as a table: option, value, source. A secret is shown as ``set``."""
     rows = []
     for option in LAUNCH_OPTIONS:
+        if only is not None and option.name not in only:
+            continue
         value = getattr(settings, option.name)
         if option.secret and value is not None:
             text = "set (not shown)"

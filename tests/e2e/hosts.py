@@ -20,6 +20,11 @@ from tests.e2e.harness import Process
 _ETC = Path("/etc/netns")
 
 
+def _ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
+
+
 def why_not() -> str:
     """Return why hosts cannot be made here; "" when they can."""
     if os.geteuid() != 0:
@@ -120,8 +125,3 @@ def network(num_hosts: int) -> Iterator[Network]:
         yield made
     finally:
         made.remove()
-
-
-def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20, check=False)
-    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"

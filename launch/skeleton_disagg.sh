@@ -15,7 +15,7 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/find_command.sh"
 
 role="${1:-}"
 export ENGINE="${ENGINE:-sim}" ROUTER_MODE="${ROUTER_MODE:-kv}" HTTP_HOST="${HTTP_HOST:-0.0.0.0}"
-export PREFILL_DISPATCH="${PREFILL_DISPATCH:-queue}"
+export PREFILL_DISPATCH="${PREFILL_DISPATCH:-queue}" KV_TRANSPORT="${KV_TRANSPORT:-auto}"
 case "$role" in
   ingress) exec "$cli" ingress --plane-host 0.0.0.0 "${@:2}" ;;
   prefill | decode)

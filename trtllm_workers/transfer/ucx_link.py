@@ -22,6 +22,10 @@ _TURN_S: Final = 0.02  # one operation drives the link that long before it looks
 _SHARED_MEMORY: Final = frozenset({"sysv", "posix", "cma", "xpmem", "knem", "self"})
 
 
+_CONNECTING: Final = "connecting"
+_NO_WAY: Final = "; between hosts without RDMA use --kv-transport nixl, tcp or auto"
+
+
 @dataclass(frozen=True, slots=True)
 class LinkSetting:
     """What links of one transport share."""
@@ -144,7 +148,7 @@ class UcxLink:
     async def _open(self, timeout_s: float, stop: asyncio.Event) -> Channel:
         """Return the connection, made anew when there is none. Raises TransferFailed."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        what = "connecting"
+        what = _CONNECTING
         async with self._opening:
             if self._channel is not None:
                 return self._channel
@@ -191,7 +195,8 @@ class UcxLink:
                 if self._process.gone():
                     raise self._failed(what, "its process has ended")
                 if loop.time() >= deadline:
-                    raise self._failed(what, f"not done within {timeout_s:g} s")
+                    hint = _NO_WAY if what == _CONNECTING else ""
+                    raise self._failed(what, f"not done within {timeout_s:g} s{hint}")
                 turn_s = min(_TURN_S, max(deadline - loop.time(), 0.0))
                 await self._run(partial(channel.drive, batch, turn_s))
             if batch.status != OK:

@@ -47,6 +47,7 @@ CHECKING, READY, REFUSED, MISMATCH, LOST = "checking", "ready", "refused", "mism
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 5.0
 CONNECT_TIMEOUT_S = 10.0
+TRY_TIMEOUT_S = 3.0  # for a transport behind which there is another one
 
 
 class Pair:
@@ -59,6 +60,7 @@ class Pair:
         self.state = CHECKING
         self.reason = "not connected yet"
         self.draining = record.state is not WorkerState.READY
+        self.told = ""  # the last trouble that was logged
         self.gone = False  # its record has left discovery; what runs goes on while it is connected
         self.lost = asyncio.Event()
         self.answer: asyncio.Future[PairAnswer] | None = None
@@ -289,7 +291,11 @@ class Pairs:
                     task = asyncio.current_task()
                     if isinstance(error, asyncio.CancelledError) and (task and task.cancelling()):
                         raise
-                    self._set(pair, LOST, str(error) or "no answer in time")
+                    reason = str(error) or "no answer in time"
+                    self._set(pair, LOST, reason)
+                    if reason != pair.told:  # once for each cause, however often it is tried
+                        pair.told = reason
+                        log.warning("no way to a prefill worker yet", peer=pair.peer_id, why=reason)
                 await self._unlink(pair)
                 if pair.gone:
                     self._remove((pair.peer_id, pair.record.address.incarnation))
@@ -335,7 +341,8 @@ class Pairs:
         common = [transport for transport in self._transports if transport.name in cards]
         for transport in common:
             try:
-                pair.link = await transport.connect(cards[transport.name], CONNECT_TIMEOUT_S)
+                timeout_s = CONNECT_TIMEOUT_S if transport is common[-1] else TRY_TIMEOUT_S
+                pair.link = await transport.connect(cards[transport.name], timeout_s)
             except TransferFailed as error:
                 if transport is common[-1]:
                     raise

@@ -34,12 +34,16 @@ MODEL_ID = "model"
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a worker is: seconds per prompt token and per answer token, and its cache."""
+    """What a worker is: its cache, and seconds per prompt token and per answer token when idle.
+
+    Each request that it answers makes everything ``slower_by`` slower.
+    """
 
     block_size: int = 32
     num_blocks: int = 2048
     prompt_token_s: float = 100e-6
     output_token_s: float = 10e-3
+    slower_by: float = 1 / 32
     event_delay_s: float = 5e-3
     load_every_s: float = 1.0
 
@@ -227,9 +231,8 @@ class Simulation:
         cached = min(held, prompt_tokens - 1)
         self._prompt_tokens += prompt_tokens
         self._cached_tokens += cached
-        self._after(
-            (prompt_tokens - cached) * self.costs.prompt_token_s, lambda: self._first(worker, job)
-        )
+        compute_s = (prompt_tokens - cached) * self.costs.prompt_token_s
+        self._after(compute_s * self._slowness(worker), lambda: self._first(worker, job))
 
     def _first(self, worker: _Worker, job: _Job) -> None:
         """The first token is there."""
@@ -238,10 +241,12 @@ class Simulation:
         self._outcome.ttfts_s.append(self.now_s - job.came_s)
         job.charge.computed()
         worker.computing = False
-        self._after(
-            job.request.output_tokens * self.costs.output_token_s, lambda: self._end(worker, job)
-        )
+        answer_s = job.request.output_tokens * self.costs.output_token_s
+        self._after(answer_s * self._slowness(worker), lambda: self._end(worker, job))
         self._compute(worker)
+
+    def _slowness(self, worker: _Worker) -> float:
+        return 1.0 + self.costs.slower_by * worker.running
 
     def _end(self, worker: _Worker, job: _Job) -> None:
         worker.cache.unpin(job.hashes)
@@ -272,7 +277,7 @@ def simulate(
     make_router: Callable[[Callable[[], float], random.Random], Router],
     *,
     num_workers: int = 4,
-    costs: Costs = Costs(),  # noqa: B008 - frozen
+    costs: Costs = Costs(),
     seed: int = 0,
 ) -> Outcome:
     """Return what comes of a trace. ``make_router`` gets the virtual clock and a seeded generator."""

@@ -33,6 +33,11 @@ class BlockIndex:
         """Return whether a slot holds a block."""
         return block in self._held.get(slot, ())
 
+    def missing(self, slot: int, blocks: Sequence[bytes]) -> Sequence[bytes]:
+        """Return those of ``blocks`` that a slot does not hold, in order."""
+        held = self._held.get(slot)
+        return [block for block in blocks if block not in held] if held else blocks
+
     def store(self, slot: int, blocks: Iterable[bytes]) -> None:
         """Note that a slot holds these blocks, perhaps as before."""
         held = self._held.get(slot)

@@ -174,7 +174,9 @@ class Simulation:
         self.now_s = 0.0
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
-        self.pool: Pool = make_router(lambda: self.now_s).pool("pool")
+        router = make_router(lambda: self.now_s)
+        self.pool: Pool = router.pool("pool")
+        self._follows_events = router.follows_events
         self.workers = {
             made.address: _Worker(made, Cache(costs.num_blocks))
             for made in (record(f"w{index}", costs) for index in range(num_workers))
@@ -182,7 +184,8 @@ class Simulation:
         self.pool.update([worker.record for worker in self.workers.values()])
         for address in self.workers:
             self.pool.set_open(address, True)
-            self.pool.apply(address, [KvEvent(seq=0, kind=KvEventKind.CLEARED)])
+            if self._follows_events:
+                self.pool.apply(address, [KvEvent(seq=0, kind=KvEventKind.CLEARED)])
         self._root = root_hash(MODEL_ID)
         self._left = 0
         self._outcome = Outcome(0, 0, [], Counter())
@@ -260,7 +263,7 @@ class Simulation:
             worker.seq += 1
             events.append(KvEvent(seq=worker.seq, kind=kind, block_hashes=hashes))
         worker.cache.changes.clear()
-        if events:
+        if events and self._follows_events:
             self._after(self.costs.event_delay_s, lambda: self._check(worker.address, events))
 
     def _check(self, address: Address, events: list[KvEvent]) -> None:

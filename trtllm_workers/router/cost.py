@@ -41,21 +41,31 @@ _EPSILON = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
+class Mask:
+    """Workers that a request may go to: how many, 1 for each in ``able``, 0 for each in ``barred``, where
+    the others are 0 and infinite.
+    """
+
+    count: int
+    able: Floats
+    barred: Floats
+
+
+@dataclass(frozen=True, slots=True)
 class Columns:
     """The workers as columns: requests there, prompt tokens that wait to be computed, KV blocks that can
-    be had. ``barred`` is 0 where a worker may take the request and infinite elsewhere.
+    be had (infinite where there is no worker); and who may take the request.
     """
 
     requests: Floats
     waiting_tokens: Floats
     available_blocks: Floats
-    barred: Floats
+    mask: Mask
 
     @property
     def mean_requests(self) -> float:
         """Requests per worker that may take one more."""
-        able = self.barred == 0.0
-        return float(self.requests @ able) / max(1, int(np.count_nonzero(able)))
+        return float(self.requests @ self.mask.able) / max(1, self.mask.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +100,7 @@ def costs(
     uncached = prompt_tokens - overlap_tokens
     compute = uncached + columns.waiting_tokens
     compute *= weights.overlap / max(1, prompt_tokens)
-    load = columns.barred  # infinite stays infinite, whatever the weight
+    load = columns.mask.barred  # infinite stays infinite, whatever the weight
     if weights.load:
         load = requests + load
         load -= load.min()

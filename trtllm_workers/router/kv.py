@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trtllm_workers.router.choice import Choice, Row
-from trtllm_workers.router.cost import Columns, Costs, Floats, cheapest, costs, draw
+from trtllm_workers.router.cost import Columns, Costs, Floats, Mask, cheapest, costs, draw
 from trtllm_workers.router.loads import Loads
 from trtllm_workers.router.policies import RouterMode
 from trtllm_workers.router.weights import Weights
@@ -29,24 +29,23 @@ class KvPolicy:
     def _see(self) -> None:
         """Look at the loads' memory, which is another one after they have grown."""
         loads = self._loads
-        self._ours, self._others, self._waiting, self._others_waiting = (
-            np.frombuffer(column)
-            for column in (loads.ours, loads.others, loads.waiting, loads.others_waiting)
-        )
+        self._requests = np.frombuffer(loads.requests)
+        self._waiting = np.frombuffer(loads.waiting)
+        self._others_waiting = np.frombuffer(loads.others_waiting)
         self._available = np.frombuffer(loads.available)
         self._last_turns = np.frombuffer(loads.last_turns)
         self._size = loads.size
 
-    def barred(self, numbers: Sequence[int]) -> Floats:
-        """Return a column that bars all workers but these."""
-        column: Floats = np.full(self._loads.size, np.inf)
-        column[np.array(numbers, dtype=np.intp)] = 0.0
-        return column
+    def mask(self, numbers: Sequence[int]) -> Mask:
+        """Return what tells these workers from all others."""
+        able: Floats = np.zeros(self._loads.size)
+        able[np.array(numbers, dtype=np.intp)] = 1.0
+        return Mask(len(numbers), able, np.where(able, 0.0, np.inf))
 
     def choose(
         self,
         groups: list[tuple[int, int]],
-        barred: Floats,
+        mask: Mask,
         records: Sequence[WorkerRecord | None],
         block_size: int,
         prompt_tokens: int,
@@ -55,9 +54,8 @@ class KvPolicy:
         if self._size != self._loads.size:
             self._see()
         overlap = self._overlap(groups, block_size, prompt_tokens)
-        requests = self._ours + np.maximum(self._others, 0.0)
         waiting = self._waiting + self._others_waiting * prompt_tokens
-        columns = Columns(requests, waiting, self._available, barred)
+        columns = Columns(self._requests, waiting, self._available, mask)
         found = costs(columns, overlap, prompt_tokens, block_size, self._weights)
         if self._weights.temperature:
             number = draw(found.total, self._weights.temperature, self._rng)

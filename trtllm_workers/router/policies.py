@@ -8,7 +8,7 @@ is in ``cost.py``, which needs numpy; this does not.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 
 
@@ -32,7 +32,7 @@ def round_robin(numbers: Sequence[int], last_turns: Sequence[float]) -> int:
 
 
 def least_loaded(
-    numbers: Sequence[int], requests: Callable[[int], float], last_turns: Sequence[float]
+    numbers: Sequence[int], requests: Sequence[float], last_turns: Sequence[float]
 ) -> int:
     """Return the worker with the fewest requests; equal ones take turns."""
-    return min(numbers, key=lambda number: (requests(number), last_turns[number]))
+    return min(numbers, key=lambda number: (requests[number], last_turns[number]))

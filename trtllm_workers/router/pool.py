@@ -21,7 +21,7 @@ from trtllm_workers.router.weights import Weights
 from trtllm_workers.types import Address, EngineStats, KvEvent, WorkerRecord
 
 if TYPE_CHECKING:
-    from trtllm_workers.router.cost import Floats
+    from trtllm_workers.router.cost import Mask
     from trtllm_workers.router.kv import KvPolicy
 
 __all__ = ["Charge", "Choice", "Pool", "Query", "Row"]
@@ -77,11 +77,11 @@ class Charge:
 
 @dataclass(slots=True)
 class _Candidates:
-    """Open workers that a request may go to. ``barred`` is made when mode kv first looks at them."""
+    """Open workers that a request may go to. ``mask`` is made when mode kv first looks at them."""
 
     numbers: tuple[int, ...]
     bits: int
-    barred: Floats | None = None
+    mask: Mask | None = None
 
 
 class Pool:
@@ -230,7 +230,7 @@ class Pool:
             why = f"its turn among {count}"
         else:
             number = policies.least_loaded(numbers, loads.requests, loads.last_turns)
-            why = f"fewest requests ({loads.requests(number):.0f})"
+            why = f"fewest requests ({loads.requests[number]:.0f})"
         record = self._record(number)
         return number, Choice(
             record.address,
@@ -238,18 +238,18 @@ class Pool:
             self._mode,
             0,
             len(query.prompt_token_ids),
-            loads.requests(number),
+            loads.requests[number],
             why,
         )
 
     def _cheapest(self, kv: KvPolicy, query: Query, among: _Candidates) -> tuple[int, Choice]:
-        if among.barred is None:
-            among.barred = kv.barred(among.numbers)
+        if among.mask is None:
+            among.mask = kv.mask(among.numbers)
         # All workers of a pool serve one model; one with blocks of another size finds nothing cached.
         engine = self._record(among.numbers[0]).engine
         groups = self.prefixes.match(query.chain(engine.model_id, engine.block_size), among.bits)
         prompt_tokens = len(query.prompt_token_ids)
-        return kv.choose(groups, among.barred, self._records, engine.block_size, prompt_tokens)
+        return kv.choose(groups, among.mask, self._records, engine.block_size, prompt_tokens)
 
     def _record(self, number: int) -> WorkerRecord:
         record = self._records[number]

@@ -76,8 +76,8 @@ def command(dry_run: bool, **values: Any) -> int:
     from trtllm_workers.ingress.serve import serve_ingress
     from trtllm_workers.ingress.settings import IngressSettings, RouterSettings
     from trtllm_workers.planes.discovery import cluster_secret, discovery_root
-    from trtllm_workers.router.cost import Weights
     from trtllm_workers.router.policies import RouterMode
+    from trtllm_workers.router.weights import Weights
     from trtllm_workers.types import Strategy
 
     run_loop(

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trtllm_workers.router.cost import Weights
 from trtllm_workers.router.policies import RouterMode
 from trtllm_workers.router.router import Router
+from trtllm_workers.router.weights import Weights
 from trtllm_workers.types import Strategy
 
 MIB = 1 << 20

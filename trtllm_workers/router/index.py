@@ -7,8 +7,9 @@ integer of its own. Knows no worker's name and no sequence number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
+from struct import Struct
 
 from trtllm_workers.blocks import HASH_BYTES
 
@@ -32,6 +33,11 @@ class BlockIndex:
     def holds(self, slot: int, block: bytes) -> bool:
         """Return whether a slot holds a block."""
         return block in self._held.get(slot, ())
+
+    def missing(self, slot: int, blocks: Sequence[bytes]) -> Sequence[bytes]:
+        """Return those of ``blocks`` that a slot does not hold, in order."""
+        held = self._held.get(slot)
+        return [block for block in blocks if block not in held] if held else blocks
 
     def store(self, slot: int, blocks: Iterable[bytes]) -> None:
         """Note that a slot holds these blocks, perhaps as before."""
@@ -76,24 +82,24 @@ class BlockIndex:
 class Chain:
     """The block hashes of one prompt, made as they are asked for; see ``blocks.py``.
 
-    ``packed`` are its tokens as bytes, ``step`` the bytes of one block.
+    ``packed`` are its tokens as bytes, ``step`` the bytes of one block. ``rest`` yields the tokens of
+    those blocks whose hashes are not ``known`` yet.
     """
 
-    __slots__ = ("known", "length", "packed", "root", "step")
+    __slots__ = ("known", "rest", "root")
 
     def __init__(self, packed: bytes, step: int, root: bytes) -> None:
         self.known: list[bytes] = []
-        self.packed = packed
-        self.step = step
         self.root = root
-        self.length = len(packed) // step
+        whole = memoryview(packed)[: len(packed) // step * step]
+        self.rest: Iterator[tuple[bytes]] = Struct(f"{step}s").iter_unpack(whole)
 
     def all(self) -> Sequence[bytes]:
         """Return all hashes."""
-        known, packed, step = self.known, self.packed, self.step
+        known = self.known
         parent = known[-1] if known else self.root
-        for at in range(len(known) * step, self.length * step, step):
-            parent = blake2b(parent + packed[at : at + step], digest_size=HASH_BYTES).digest()
+        for (tokens,) in self.rest:
+            parent = blake2b(parent + tokens, digest_size=HASH_BYTES).digest()
             known.append(parent)
         return known
 
@@ -124,9 +130,9 @@ def match(
         depth += 1
     # The same for hashes that are made on the way. As blocks.py has it; both inline, because this is
     # where a router spends its time.
-    packed, step, parent = chain.packed, chain.step, known[-1] if known else chain.root
-    for at in range(depth * step, chain.length * step, step):
-        parent = blake2b(parent + packed[at : at + step], digest_size=HASH_BYTES).digest()
+    parent = known[-1] if known else chain.root
+    for (tokens,) in chain.rest:
+        parent = blake2b(parent + tokens, digest_size=HASH_BYTES).digest()
         known.append(parent)
         held = first(parent, 0)
         if second is not None:

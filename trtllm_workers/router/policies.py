@@ -1,19 +1,15 @@
-"""How one of several workers is picked: functions over columns, one per router mode. Pure.
+"""How one of several workers is picked without regard to what they hold: functions. Pure.
 
-Each returns an index. ``turn`` grows by one per request, so that equal workers take turns.
+Each returns one of ``numbers``. ``last_turns`` tells for each number when it was last picked; who was
+picked longest ago comes first, so turns are equal among whatever workers a request may go to. Mode kv
+is in ``cost.py``, which needs numpy; this does not.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from enum import StrEnum
-
-import numpy as np
-
-from trtllm_workers.router.cost import Floats
-
-# Costs nearer than this are equal.
-_EPSILON = 1e-9
 
 
 class RouterMode(StrEnum):
@@ -25,24 +21,18 @@ class RouterMode(StrEnum):
     KV = "kv"
 
 
-def pick_random(count: int, rng: random.Random) -> int:
-    """Return any of ``count`` workers."""
-    return rng.randrange(count)
+def pick_random(numbers: Sequence[int], rng: random.Random) -> int:
+    """Return any worker."""
+    return rng.choice(numbers)
 
 
-def round_robin(count: int, turn: int) -> int:
-    """Return the next of ``count`` workers."""
-    return turn % count
+def round_robin(numbers: Sequence[int], last_turns: Sequence[float]) -> int:
+    """Return the worker whose turn it is."""
+    return min(numbers, key=last_turns.__getitem__)
 
 
-def least(values: Floats, turn: int) -> int:
-    """Return the worker with the least load or cost; equal ones take turns."""
-    best = np.flatnonzero(values <= values.min() + _EPSILON)
-    return int(best[turn % len(best)])
-
-
-def draw(values: Floats, temperature: float, rng: random.Random) -> int:
-    """Return a worker drawn by softmax over negative costs: cheaper ones are likelier."""
-    odds = np.exp((values.min() - values) / temperature)
-    ladder = np.cumsum(odds)
-    return int(min(np.searchsorted(ladder, rng.random() * ladder[-1]), len(values) - 1))
+def least_loaded(
+    numbers: Sequence[int], requests: Sequence[float], last_turns: Sequence[float]
+) -> int:
+    """Return the worker with the fewest requests; equal ones take turns."""
+    return min(numbers, key=lambda number: (requests[number], last_turns[number]))

@@ -6,9 +6,9 @@ import random
 import time
 from collections.abc import Callable, Hashable
 
-from trtllm_workers.router.cost import Weights
 from trtllm_workers.router.policies import RouterMode
 from trtllm_workers.router.pool import Pool
+from trtllm_workers.router.weights import Weights
 
 
 class Router:

@@ -43,9 +43,11 @@ async def serve_ingress(settings: IngressSettings) -> None:
     status.report("starting")
     with contextlib.closing(listen(settings.http_host, settings.http_port)) as sock:
         ingress = Ingress(settings)
+        incarnation = new_incarnation()
         mesh = TcpMesh(
-            peer_id=settings.process_name,
-            incarnation=new_incarnation(),
+            # Any number of ingresses may stand before one deployment; each is a peer of its own.
+            peer_id=f"{settings.process_name}-{incarnation[-8:]}",
+            incarnation=incarnation,
             secret=settings.secret,
             on_message=ingress.on_message,
             on_lost=ingress.on_lost,
@@ -72,8 +74,7 @@ async def _register(mesh: TcpMesh, discovery: Discovery, settings: IngressSettin
     """Let the deployment be found as a whole. Serving does not depend on it, so failing is no error."""
     address = mesh.address
     record = WorkerRecord(
-        # Any number of ingresses may stand before one deployment.
-        worker_id=f"{settings.process_name}-{address.incarnation[-8:]}",
+        worker_id=address.peer_id,
         model="",
         role=Role.INGRESS,
         address=address,

@@ -46,8 +46,9 @@ class Expected:
             return made
         expected = self._by_slot.setdefault(slot, OrderedDict())
         for block in reversed(blocks):
+            if block in expected:
+                expected.move_to_end(block)
             expected[block] = made
-            expected.move_to_end(block)
         self.index.store(slot, blocks)
         if len(expected) > limit:
             surplus = range(len(expected) - limit)

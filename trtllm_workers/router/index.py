@@ -7,11 +7,13 @@ integer of its own. Knows no worker's name and no sequence number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from hashlib import blake2b
 from struct import Struct
 
 from trtllm_workers.blocks import HASH_BYTES
+
+_NOTHING: frozenset[bytes] = frozenset()
 
 
 class BlockIndex:
@@ -30,27 +32,30 @@ class BlockIndex:
         """Return how many blocks a slot holds."""
         return len(self._held.get(slot, ()))
 
-    def holds(self, slot: int, block: bytes) -> bool:
-        """Return whether a slot holds a block."""
-        return block in self._held.get(slot, ())
+    def of_slot(self, slot: int) -> Set[bytes]:
+        """Return the blocks that a slot holds."""
+        return self._held.get(slot, _NOTHING)
 
     def missing(self, slot: int, blocks: Sequence[bytes]) -> Sequence[bytes]:
         """Return those of ``blocks`` that a slot does not hold, in order."""
-        held = self._held.get(slot)
-        return [block for block in blocks if block not in held] if held else blocks
+        held = self.of_slot(slot)
+        return [block for block in blocks if block not in held]
 
-    def store(self, slot: int, blocks: Iterable[bytes]) -> None:
+    def store(self, slot: int, blocks: Collection[bytes]) -> None:
         """Note that a slot holds these blocks, perhaps as before."""
         held = self._held.get(slot)
         if held is None:
             held = self._held[slot] = set()
             self._bits[slot] = 1 << slot
         bit, holders = self._bits[slot], self.holders
+        held.update(blocks)
+        if holders.keys().isdisjoint(blocks):  # mostly; and then there is no need to look at each
+            holders.update(dict.fromkeys(blocks, bit))
+            return
         known = holders.get
         for block in blocks:
             others = known(block)
             holders[block] = bit if others is None else others | bit
-            held.add(block)
 
     def remove(self, slot: int, blocks: Iterable[bytes]) -> None:
         """Note that a slot holds these blocks no longer; unknown ones are ignored."""
@@ -82,69 +87,74 @@ class BlockIndex:
 class Chain:
     """The block hashes of one prompt, made as they are asked for; see ``blocks.py``.
 
-    ``packed`` are its tokens as bytes, ``step`` the bytes of one block. ``rest`` yields the tokens of
-    those blocks whose hashes are not ``known`` yet.
+    ``packed`` are its tokens as bytes, ``step`` the bytes of one block.
     """
 
-    __slots__ = ("known", "rest", "root")
+    __slots__ = ("_rest", "_root", "known")
 
     def __init__(self, packed: bytes, step: int, root: bytes) -> None:
         self.known: list[bytes] = []
-        self.root = root
+        self._root = root
         whole = memoryview(packed)[: len(packed) // step * step]
-        self.rest: Iterator[tuple[bytes]] = Struct(f"{step}s").iter_unpack(whole)
+        self._rest: Iterator[tuple[bytes]] = Struct(f"{step}s").iter_unpack(whole)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield all hashes; those that were asked for before are not made again."""
+        known = self.known
+        yield from known
+        parent = known[-1] if known else self._root
+        # As blocks.py has it, inline: this is where a router spends its time.
+        for (tokens,) in self._rest:
+            parent = blake2b(parent + tokens, digest_size=HASH_BYTES).digest()
+            known.append(parent)
+            yield parent
 
     def all(self) -> Sequence[bytes]:
         """Return all hashes."""
-        known = self.known
-        parent = known[-1] if known else self.root
-        for (tokens,) in self.rest:
-            parent = blake2b(parent + tokens, digest_size=HASH_BYTES).digest()
-            known.append(parent)
-        return known
+        for _ in self:
+            pass
+        return self.known
 
 
 def match(
-    chain: Chain, tables: tuple[dict[bytes, int], dict[bytes, int]], among: int
+    chain: Chain, held: BlockIndex, expected: BlockIndex, among: int
 ) -> list[tuple[int, int]]:
     """Return (blocks, slots) groups: the slots, as bits, that hold so many leading blocks of a prompt.
 
     ``among`` are the slots to look at; those that hold no first block are in no group. A block counts
-    when either of ``tables`` knows it. Hashes are made only as far as somebody holds the blocks.
+    when either index has it. Hashes are made only as far as somebody holds the blocks.
     """
     groups: list[tuple[int, int]] = []
-    known, first = chain.known, tables[0].get
-    second = tables[1].get if tables[1] else None
+    first = held.holders.get
+    second = expected.holders.get if expected.holders else None
     depth = 0
-    for block in known:
-        held = first(block, 0)
-        if second is not None:
-            held |= second(block, 0)
-        still = among & held
-        if still != among:
-            if depth:
-                groups.append((depth, among ^ still))
-            if not still:
-                return groups
-            among = still
-        depth += 1
-    # The same for hashes that are made on the way. As blocks.py has it; both inline, because this is
-    # where a router spends its time.
-    parent = known[-1] if known else chain.root
-    for (tokens,) in chain.rest:
-        parent = blake2b(parent + tokens, digest_size=HASH_BYTES).digest()
-        known.append(parent)
-        held = first(parent, 0)
-        if second is not None:
-            held |= second(parent, 0)
-        still = among & held
-        if still != among:
-            if depth:
-                groups.append((depth, among ^ still))
-            if not still:
-                return groups
-            among = still
-        depth += 1
+    hashes = iter(chain)
+    alone = among & (among - 1) == 0
+    if not alone:
+        for block in hashes:
+            still = among & first(block, 0)
+            if still != among:
+                if second is not None:
+                    still |= among & second(block, 0)
+                if still != among:
+                    if depth:
+                        groups.append((depth, among ^ still))
+                    if not still:
+                        return groups
+                    among = still
+                    alone = among & (among - 1) == 0
+            depth += 1
+            if alone:
+                break
+    if alone:
+        # One worker's own set is small enough for a processor's cache; the table of all blocks is not,
+        # and looking there takes four times as long.
+        number = among.bit_length() - 1
+        its_own, its_expected = held.of_slot(number), expected.of_slot(number)
+        for block in hashes:
+            if block not in its_own and block not in its_expected:
+                break
+            depth += 1
     if depth:
         groups.append((depth, among))
     return groups

@@ -78,7 +78,7 @@ class Prefixes:
     def match(self, chain: Chain, among: int) -> list[tuple[int, int]]:
         """Return how many leading blocks of a prompt workers have; see ``index.match``."""
         self._expected.expire(self._now())
-        return match(chain, (self._index.holders, self._expected.index.holders), among)
+        return match(chain, self._index, self._expected.index, among)
 
     def expect(self, slot: int, chain: Chain, limit: int) -> Expectation:
         """Expect the blocks of a prompt that was sent to a worker of ``limit`` blocks."""

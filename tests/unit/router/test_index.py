@@ -79,10 +79,9 @@ def test_a_match_tells_the_leading_blocks_of_each_worker_that_is_asked_about(
         tables[0].remove(slot, hashes(tokens)[-1:])
     chain = Query(prompt).chain("model", BLOCK)
     bits = sum(1 << slot for slot in among)
-    both = (tables[0].holders, tables[1].holders)
-    found = match(chain, both, bits)
+    found = match(chain, *tables, bits)
     if again:  # a second pool asks with the hashes that are there already
-        assert match(chain, both, bits) == found
+        assert match(chain, *tables, bits) == found
     depths = {slot: depth for depth, group in found for slot in range(1001) if group >> slot & 1}
     assert len(depths) == sum(group.bit_count() for _, group in found), "a slot is in one group"
 
@@ -97,14 +96,16 @@ def test_a_match_tells_the_leading_blocks_of_each_worker_that_is_asked_about(
     assert depths == {slot: leading(slot) for slot in among if leading(slot)}
 
 
-@given(TOKENS, st.integers(1, 9), st.integers(0, 50))
+@given(TOKENS, st.integers(1, 9), st.integers(0, 50), st.sampled_from([(0,), (0, 1)]))
 def test_a_chain_has_the_hashes_of_blocks_py_however_far_it_was_matched(
-    tokens: list[int], block_size: int, held: int
+    tokens: list[int], block_size: int, held: int, slots: tuple[int, ...]
 ) -> None:
     right = block_hashes(tokens, block_size, root_hash("model"))
-    table = dict.fromkeys(right[:held], 1)
+    index = BlockIndex()
+    for slot in slots:
+        index.store(slot, right[:held])
     chain = Query(tokens).chain("model", block_size)
-    match(chain, (table, {}), 1)
+    match(chain, index, BlockIndex(), sum(1 << slot for slot in slots))
     assert len(chain.known) == min(len(right), held + 1), "no hash is made in vain"
     assert chain.all() == right
 
@@ -136,7 +137,7 @@ def test_a_thousand_workers_hold_what_they_stored() -> None:
     for slot, depth in depths.items():
         index.store(slot, prompt[:depth])
     groups = match(
-        Query(list(range(20 * BLOCK))).chain("model", BLOCK), (index.holders, {}), (1 << 1000) - 1
+        Query(list(range(20 * BLOCK))).chain("model", BLOCK), index, BlockIndex(), (1 << 1000) - 1
     )
     for depth, group in groups:
         assert group == sum(1 << slot for slot, one in depths.items() if one == depth)

@@ -22,17 +22,14 @@ class Prefixes:
         self._expected = Expected(math.inf if uses_events else ttl_s)
         self._uses_events = uses_events
         self._now = now
-        self._seqs: dict[
-            int, int
-        ] = {}  # the last event's; without one a slot's blocks are not known
-        self._in_snapshot: set[int] = set()
+        # Of the last event; a slot without one holds nobody knows what.
+        self._seqs: dict[int, int] = {}
 
     def remove(self, slot: int) -> None:
         """Forget a worker."""
         self._index.clear(slot)
         self._expected.forget(slot)
         self._seqs.pop(slot, None)
-        self._in_snapshot.discard(slot)
 
     def is_known(self, slot: int) -> bool:
         """Return whether a snapshot has come and nothing is missing since."""
@@ -55,19 +52,18 @@ class Prefixes:
                 # Whatever was missed before it is gone as well.
                 index.clear(slot)
                 seqs[slot] = seq
-                self._in_snapshot.add(slot)
                 continue
             last = seqs.get(slot)
             if last is None:
                 return False
             if seq == last + 1:
                 seqs[slot] = seq
-                self._in_snapshot.discard(slot)
             elif seq > last:
                 self.remove(slot)
                 return False
-            elif seq < last or slot not in self._in_snapshot:
+            elif seq < last:
                 continue  # it came before
+            # One of the same number belongs to the snapshot, or comes again and changes nothing.
             if event.kind is KvEventKind.STORED:
                 index.store(slot, event.block_hashes)
             else:

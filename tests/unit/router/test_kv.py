@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -208,6 +209,35 @@ def test_a_temperature_never_draws_a_worker_that_may_not_take_the_request() -> N
     allowed = frozenset([address("w2"), address("w4")])
     drawn = [pool.place(Query(PROMPT), allowed=allowed) for _ in range(500)]
     assert {one.worker_id for one in drawn if one is not None} == {"w2", "w4"}
+
+
+def test_a_draw_of_zero_is_no_exception() -> None:
+    class Zero(random.Random):
+        def random(self) -> float:
+            return 0.0
+
+    pool = Router(RouterMode.KV, Weights(temperature=1.0), rng=Zero()).pool("pool")
+    fill(pool, [record("w0"), record("w1")])
+    choice = pool.place(Query(PROMPT), allowed=frozenset([address("w1")]))
+    assert choice is not None
+    assert choice.worker_id == "w1"
+
+
+def test_load_is_what_a_worker_has_more_than_the_idlest() -> None:
+    pool = open_pool(num_workers=2)
+    for worker_id, running in (("w0", 3), ("w1", 5)):
+        pool.told(address(worker_id), told(running=running))
+    rows = {row.worker_id: row for row in place(pool, PROMPT).rows}
+    assert rows["w0"].load_cost == 0
+    assert rows["w1"].load_cost == pytest.approx(2 / (2 + 2 * 4))
+
+
+def test_the_cache_of_an_excluded_worker_is_no_reason() -> None:
+    pool = open_pool(num_workers=3)
+    hold(pool, "w1", PROMPT)
+    choice = pool.place(Query(PROMPT), exclude=address("w1"))
+    assert choice is not None
+    assert choice.reason == "lowest cost"
 
 
 def test_pools_of_a_router_know_nothing_of_each_other() -> None:

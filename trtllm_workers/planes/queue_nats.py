@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
-_ANSWER_TIMEOUT_S = 2.0
+_ANSWER_TIMEOUT_S = 2  # nats-py asks for whole seconds in places
 # A server that is gone is tried again so often; a silent one is noticed after two pings.
 _RECONNECT_S = 0.5
 _PING_INTERVAL_S = 5
@@ -60,7 +60,9 @@ def queue_name(*parts: str) -> str:
 
     NATS forbids some characters in names, so all but letters and digits are written as numbers.
     """
-    words = ["".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}_" for c in p) for p in parts]
+    words = [
+        "".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}_" for c in p) for p in parts
+    ]
     name = "-".join(words)
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}-{blake2b(name.encode(), digest_size=16).hexdigest()}"
@@ -149,7 +151,9 @@ class NatsQueue:
             # Nobody listens any more, so the server forgets what we asked for.
             await taking.unsubscribe()
             await self._client.flush(timeout=_ANSWER_TIMEOUT_S)
-        pending = taking._sub._pending_queue  # nats-py has no way to get what fetch did not wait for
+        pending = (
+            taking._sub._pending_queue
+        )  # nats-py has no way to get what fetch did not wait for
         while not pending.empty():
             message = pending.get_nowait()
             if message.reply:
@@ -280,7 +284,7 @@ async def open_nats_queue(
     missing, nobody there within ``timeout_s``, not let in, or a server without JetStream.
     """
     try:
-        import nats
+        from nats.aio.client import Client
     except ImportError as error:
         raise ConfigError(
             "the prefill queue needs the Python package 'nats-py'; run: pip install "
@@ -288,7 +292,7 @@ async def open_nats_queue(
             param="prefill_dispatch",
         ) from error
     where = ", ".join(_without_login(one) for one in servers)
-    client = nats.NATS()
+    client = Client()
     connecting = asyncio.ensure_future(_connect(client, servers, login, name))
     try:
         async with asyncio.timeout(timeout_s):
@@ -339,7 +343,7 @@ async def _connect(client: Client, servers: Sequence[str], login: NatsLogin, nam
             log.warning("NATS is away; it is tried again", every_s=_RECONNECT_S)
 
     async def on_back() -> None:
-        log.info("NATS is back", server=_without_login(str(client.connected_url.geturl())))
+        log.info("NATS is back", host=client.connected_url.hostname if client.connected_url else "")
 
     options: dict[str, Any] = {}
     if login.tls or any(one.startswith("tls://") for one in servers):

@@ -135,7 +135,9 @@ async def why_no_events(engine: Engine, info: EngineInfo) -> str:
         cache_salt="kv-events-proof",
     )
     if len(request.prompt_token_ids) <= info.block_size:
-        return f"max_seq_len {info.max_seq_len} leaves no room for a whole block of {info.block_size}"
+        return (
+            f"max_seq_len {info.max_seq_len} leaves no room for a whole block of {info.block_size}"
+        )
     events = engine.kv_events()
     try:
         async with asyncio.timeout(PROOF_TIMEOUT_S):

@@ -179,7 +179,7 @@ async def test_a_pinned_one_is_held_until_released_and_aborted_without_a_word(
 async def test_what_cannot_be_is_refused_and_changes_nothing(harness: Harness) -> None:
     (engine,) = await engines(harness, 1)
     request = request_of(prompt_of(1, 2 * BLOCK_SIZE), 8)
-    with pytest.raises(EngineError, match="reserved|reserve"):
+    with pytest.raises(EngineError, match="reserve"):
         ask_prefill_reserved(engine, request, 0)
     await ask_reserve(engine, request).result()
     for num_filled in (-1, 2, 3):

@@ -65,7 +65,7 @@ async def test_user_and_token_are_used(tmp_path: Path) -> None:
 async def test_who_is_not_let_in_is_told_at_once(tmp_path: Path, login: NatsLogin) -> None:
     with nats_server(tmp_path, "--user", "u", "--pass", "p") as server:
         began_s = time.monotonic()
-        with pytest.raises(ConfigError, match="does not let us in: .*NATS_PASSWORD") as told:
+        with pytest.raises(ConfigError, match=r"does not let us in: .*NATS_PASSWORD") as told:
             await opened(server.url, login=login, timeout_s=30)
         assert time.monotonic() - began_s < 5
         assert "wrong" not in str(told.value)

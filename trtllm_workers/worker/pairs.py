@@ -176,6 +176,10 @@ class Pairs:
         self._turn += 1
         return usable[self._turn % len(usable)]
 
+    def any_can_take(self, request: GenerateRequest) -> bool:
+        """Whether there is a usable pair that can compute the prompt."""
+        return any(pair.usable and pair.can_take(request) for pair in self._pairs.values())
+
     def of(self, peer: Peer) -> Pair | None:
         """Return the pair at the other end of a connection."""
         address = peer.address

@@ -435,5 +435,3 @@ def read_job(body: bytes) -> PrefillJob | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return job if job.version == JOB_VERSION else None
-
-

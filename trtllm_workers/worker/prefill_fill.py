@@ -13,7 +13,13 @@ import msgspec
 import structlog
 
 from trtllm_workers.engines.base import Engine
-from trtllm_workers.errors import LaunchError, PeerLost, TransferFailed, Unavailable
+from trtllm_workers.errors import (
+    LaunchError,
+    PeerLost,
+    TransferFailed,
+    Unavailable,
+    error_for_code,
+)
 from trtllm_workers.planes.base import Peer
 from trtllm_workers.planes.messages import Filled, FillGrant, FillKeep, FillRefused, PrefillJob
 from trtllm_workers.planes.queue import Item
@@ -62,17 +68,20 @@ class Word(Generic[T]):
 
 
 class Fill:
-    """One job that was taken. ``stop`` resolves when it shall not go on; ``until_s``: its grant's end."""
+    """One job that was taken.
 
-    def __init__(self, job: PrefillJob, item: Item, taken_s: float) -> None:
+    ``stop`` resolves when it shall not go on; ``until_s`` is its grant's end. ``num_uncomputed`` prompt
+    tokens are still to be computed for it, as far as known.
+    """
+
+    def __init__(self, job: PrefillJob, item: Item, block_size: int) -> None:
         self.job = job
         self.item = item
-        self.taken_s = taken_s
         address = job.decode
         self.request_id = f"{address.peer_id}.{address.incarnation}/{job.job}"
         self.peer: Peer | None = None
         self.until_s = 0.0
-        self.num_uncomputed = job.num_tokens
+        self.num_uncomputed = max(1, job.num_tokens - job.num_cached_blocks * block_size)
         self.answered: Word[FillGrant | FillRefused] = Word()
         self.kept: Word[bool] = Word()
         self.taken: Word[bool] = Word()
@@ -123,9 +132,8 @@ class Filler:
     async def _fill(
         self, fill: Fill, peer: Peer, grant: FillGrant, computed: Callable[[], None]
     ) -> None:
-        reservation, link = await asyncio.gather(
-            self._reserve(fill, grant), self._link(peer, grant.cards)
-        )
+        link = await self._link(peer, grant.cards)
+        reservation = await self._reserve(fill, grant)
         num_filled = await self._read(fill, peer, grant, reservation, link)
         prefilled = await self._compute(fill, num_filled)
         fill.num_uncomputed = 0
@@ -255,7 +263,5 @@ async def _close(making: asyncio.Task[KvLink]) -> None:
 def _as_error(ended: TokenChunk) -> LaunchError:
     error: LaunchError = Unavailable(ended.error_message or "the prefill worker gave the prompt up")
     if ended.error_code:
-        from trtllm_workers.errors import error_for_code
-
         error = error_for_code(ended.error_code, str(error), param=ended.error_param)
     return error

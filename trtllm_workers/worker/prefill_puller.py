@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from trtllm_workers.engines.base import Engine
-from trtllm_workers.errors import PeerLost
+from trtllm_workers.errors import PeerLost, PlaneError, StaleIncarnation
 from trtllm_workers.planes.base import Peer, RequestPlane
 from trtllm_workers.planes.messages import (
     FillAnswer,
@@ -24,7 +24,6 @@ from trtllm_workers.planes.messages import (
     FillRefused,
     FillStopped,
     Message,
-    PrefillJob,
 )
 from trtllm_workers.planes.queue import ACK_WAIT_S, Item, WorkQueue
 from trtllm_workers.types import EngineInfo
@@ -67,6 +66,7 @@ class PrefillPuller:
         self._meters = meters
         self._max_tokens = _STEPS_AHEAD * info.max_num_tokens
         self._max_jobs = info.max_batch_size
+        self._block_size = info.block_size
         self._ack_wait_s = ack_wait_s
         self._fills: dict[tuple[str, str, str], Fill] = {}  # by decode worker and job
         self._room = asyncio.Event()
@@ -118,7 +118,7 @@ class PrefillPuller:
         if key in self._fills:  # word that we work on it came too late
             await item.nak(self._ack_wait_s)
             return
-        fill = self._fills[key] = Fill(job, item, now_s())
+        fill = self._fills[key] = Fill(job, item, self._block_size)
         self._keep(self._do(key, fill))
 
     # --- one job -------------------------------------------------------------------------------
@@ -141,7 +141,10 @@ class PrefillPuller:
         try:
             fill.peer = await self._plane.connect(job.decode, _CONNECT_TIMEOUT_S)
             fill.peer.send(FillAsk(job.job))
-        except PeerLost as error:
+        except StaleIncarnation:  # restarted: what it wanted went with it
+            await item.ack()
+            return
+        except PlaneError as error:
             await self._unreachable(fill, error)
             return
         answer = await fill.hear(fill.answered, _ANSWER_TIMEOUT_S)
@@ -184,8 +187,10 @@ class PrefillPuller:
         if wrong is None:
             self._meters.filled += 1
             answer = await fill.hear(fill.taken, _ANSWER_TIMEOUT_S)
-            # Without an answer it may have to be done again; decode knows, and will say.
-            await (item.ack() if answer is not None else item.nak(_LOST_RETRY_S))
+            if answer is not None or fill.stop_reason not in ("", LOST, SHUTDOWN):
+                await item.ack()
+            else:  # it may have to be done again; decode knows, and will say
+                await item.nak(_LOST_RETRY_S)
         elif isinstance(wrong, Void):
             self._send(peer, FillStopped(job_id))
             await item.nak(_LOST_RETRY_S)
@@ -200,7 +205,7 @@ class PrefillPuller:
         else:
             raise wrong
 
-    async def _unreachable(self, fill: Fill, error: PeerLost) -> None:
+    async def _unreachable(self, fill: Fill, error: PlaneError) -> None:
         """Let another one try while decode may want it; then it is nobody's."""
         job = fill.job
         log.info("decode worker of a job not reached", decode=str(job.decode), reason=str(error))

@@ -126,15 +126,13 @@ class QueuedPrefills:
         cards: Callable[[], Sequence[TransportCard]],
         meters: HandoffMeters,
         *,
-        block_size: int,
         prefill_timeout_s: float,
-        fence: FenceTimes = FenceTimes(),  # noqa: B008 - frozen
+        fence: FenceTimes = FenceTimes(),
     ) -> None:
         self._queue = queue
         self._address = address
         self._cards = cards
         self._meters = meters
-        self._block_size = block_size
         self._timeout_s = prefill_timeout_s
         self._fence = fence
         self._entries: dict[str, _Entry] = {}

@@ -14,7 +14,7 @@ Between a decode and a prefill worker, for each handoff::
       │ ── Fetched ────────────────────▶ │       or CancelHandoff, at any time
       │ ◀────────────────────── Released │       says whether the blocks were pinned all along
 
-and before the first one: PairAsk, PairAnswer.
+and before the first one: PairAsk, PairAnswer; then PairReady, once its tokens were found right.
 
 With a prefill queue the decode worker puts a PrefillJob there, and whoever has taken it asks for it::
 
@@ -145,6 +145,12 @@ class PairAnswer(msgspec.Struct, frozen=True, tag="paired", array_like=True):
     cards: list[TransportCard]
     error_code: str = ""
     error_message: str = ""
+
+
+class PairReady(msgspec.Struct, frozen=True, tag="ready", array_like=True):
+    """The decode worker takes blocks of the receiver from now on, or does not any more."""
+
+    ready: bool
 
 
 class PrefillAsk(msgspec.Struct, frozen=True, tag="prefill", array_like=True):
@@ -374,6 +380,7 @@ Message = (
     | StopAsk
     | PairAsk
     | PairAnswer
+    | PairReady
     | PrefillAsk
     | PrefillRefused
     | Offer

@@ -24,6 +24,7 @@ from trtllm_workers.planes.messages import (
     FillRefused,
     FillStopped,
     Message,
+    PairReady,
 )
 from trtllm_workers.planes.queue import ACK_WAIT_S, Item, WorkQueue
 from trtllm_workers.types import EngineInfo
@@ -39,8 +40,8 @@ _CONNECT_TIMEOUT_S = 3.0
 _ANSWER_TIMEOUT_S = 10.0
 # So much work is taken beside what one step can compute, so that the engine never waits for the queue.
 _STEPS_AHEAD = 2
-# A decode worker that was lost may be back by then, and its fence down; else the job goes by its age.
-_LOST_RETRY_S = 2.0
+# After such a part of the ack wait a decode worker that was lost may be back, and its fence down.
+_LOST_RETRY_SHARE = 0.4
 
 SHUTDOWN, LOST = "this prefill worker ends", "lost"
 
@@ -68,7 +69,9 @@ class PrefillPuller:
         self._max_jobs = info.max_batch_size
         self._block_size = info.block_size
         self._ack_wait_s = ack_wait_s
+        self._lost_retry_s = ack_wait_s * _LOST_RETRY_SHARE
         self._fills: dict[tuple[str, str, str], Fill] = {}  # by decode worker and job
+        self._ready_for: set[tuple[str, str]] = set()  # decode workers that take our blocks
         self._room = asyncio.Event()
         self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -102,7 +105,9 @@ class PrefillPuller:
 
     @property
     def _has_room(self) -> bool:
-        """Whether the engine could begin another job soon."""
+        """Whether the engine could begin another job soon, and anybody would let it."""
+        if not self._ready_for:
+            return False
         uncomputed = sum(fill.num_uncomputed for fill in self._fills.values())
         return uncomputed < self._max_tokens and len(self._fills) < self._max_jobs
 
@@ -156,7 +161,7 @@ class PrefillPuller:
             return
         if answer is None:  # lost, stopped, or silent: whatever was granted ends with this word
             self._send(fill.peer, FillStopped(job.job))
-            await item.nak(_LOST_RETRY_S if fill.stop_reason != SHUTDOWN else 0.0)
+            await item.nak(self._lost_retry_s if fill.stop_reason != SHUTDOWN else 0.0)
             return
         await self._fill(fill, fill.peer, answer)
 
@@ -179,7 +184,7 @@ class PrefillPuller:
             if fill.stop_reason == SHUTDOWN:
                 await item.nak()
             elif fill.stop_reason == LOST:
-                await item.nak(_LOST_RETRY_S)
+                await item.nak(self._lost_retry_s)
             else:  # decode does not want it any more, or its time is over there too
                 await item.ack()
             return
@@ -190,10 +195,10 @@ class PrefillPuller:
             if answer is not None or fill.stop_reason not in ("", LOST, SHUTDOWN):
                 await item.ack()
             else:  # it may have to be done again; decode knows, and will say
-                await item.nak(_LOST_RETRY_S)
+                await item.nak(self._lost_retry_s)
         elif isinstance(wrong, Void):
             self._send(peer, FillStopped(job_id))
-            await item.nak(_LOST_RETRY_S)
+            await item.nak(self._lost_retry_s)
         elif isinstance(wrong, Failed):
             log.warning(
                 "a prompt of the prefill queue failed",
@@ -209,15 +214,18 @@ class PrefillPuller:
         """Let another one try while decode may want it; then it is nobody's."""
         job = fill.job
         log.info("decode worker of a job not reached", decode=str(job.decode), reason=str(error))
-        if fill.item.num_deliveries * _LOST_RETRY_S > job.timeout_s:
+        if fill.item.num_deliveries * self._lost_retry_s > job.timeout_s:
             await fill.item.ack()
         else:
-            await fill.item.nak(_LOST_RETRY_S)
+            await fill.item.nak(self._lost_retry_s)
 
     # --- news from decode workers --------------------------------------------------------------
 
     def on_message(self, peer: Peer, message: Message) -> bool:
         """Take a message of the prefill queue; False when it is none."""
+        if isinstance(message, PairReady):
+            self._note_ready((peer.address.peer_id, peer.address.incarnation), message.ready)
+            return True
         if not isinstance(message, FillGrant | FillRefused | FillKept | FillAnswer | FillCancel):
             return False
         address = peer.address
@@ -235,8 +243,14 @@ class PrefillPuller:
             fill.end(message.reason)
         return True
 
+    def _note_ready(self, decode: tuple[str, str], ready: bool) -> None:
+        (self._ready_for.add if ready else self._ready_for.discard)(decode)
+        self._room.set()
+
     def peer_lost(self, peer: Peer, error: PeerLost) -> None:
         """Stop writing to a decode worker that is gone, at once."""
+        if self._plane.peer(peer.address) is None:  # two may have connected to each other at once
+            self._note_ready((peer.address.peer_id, peer.address.incarnation), False)
         for fill in self._fills.values():
             if fill.peer is peer:
                 fill.end(LOST)

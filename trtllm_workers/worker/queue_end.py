@@ -66,9 +66,7 @@ def join_queue(
     if role is Role.PREFILL:
         filler = Filler(engine, transports, info.block_size)
         service.use_queue(
-            PrefillPuller(
-                queue, plane, engine, info, filler, service.meters, ack_wait_s=ack_wait_s
-            )
+            PrefillPuller(queue, plane, engine, info, filler, service.meters, ack_wait_s=ack_wait_s)
         )
         return
     service.use_queue(

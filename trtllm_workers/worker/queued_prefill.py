@@ -68,7 +68,7 @@ log = structlog.get_logger(__name__)
 
 JOB_VERSION = 1
 _GONE = -1.0
-_LOOK_S = 1.0  # how often a waiting request sees whether anybody is left to do it
+_LOOK_S = 0.5  # how often a waiting request sees whether anybody is left to do it
 _DEPTH_EVERY_S = 1.0
 
 
@@ -88,7 +88,7 @@ class FenceTimes:
     ended_s: float = 1.0
     silent_s: float = 15.0
     stop_s: float = 30.0
-    lonely_s: float = 10.0
+    lonely_s: float = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -307,7 +307,7 @@ class QueuedPrefills:
         pair = self.pairs.of(peer) if self.pairs is not None else None
         if pair is None or pair.state != READY:  # one that drains still does what it has taken
             why = pair.reason if pair is not None else "it is unknown here"
-            return FillRefused(job_id, 1.0, f"the pair is not ready: {why}")
+            return FillRefused(job_id, 0.2, f"the pair is not ready: {why}")
         request = entry.job.request
         if not pair.can_take(request):
             return FillRefused(job_id, 0.2, "that prefill worker cannot compute this request")

@@ -21,6 +21,7 @@ from trtllm_workers.planes.messages import (
     Offer,
     PairAnswer,
     PairAsk,
+    PairReady,
     PrefillAsk,
     PrefillRefused,
     Released,
@@ -177,6 +178,8 @@ class WorkerService:
                 self.prefills.cancel(peer, message)
             elif isinstance(message, PairAsk):
                 peer.send(self._pair_answer(peer, message))
+            elif isinstance(message, PairReady):
+                pass  # only those who take jobs from a queue need to know
             else:
                 return False
             return True

@@ -20,8 +20,8 @@ from trtllm_workers.observe.status import StatusFile
 from trtllm_workers.planes.base import Lease, Peer
 from trtllm_workers.planes.frames import columns
 from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
-from trtllm_workers.planes.queue import WorkQueue
 from trtllm_workers.planes.messages import Abort, Message, StatsAsk, Submit, Tokens, WorkerStats
+from trtllm_workers.planes.queue import WorkQueue
 from trtllm_workers.transfer.base import KvTransport
 from trtllm_workers.transfer.registry import open_transport
 from trtllm_workers.types import (
@@ -45,7 +45,7 @@ from trtllm_workers.worker.service import WorkerService
 DEADLINE_S = 20.0
 # Of the prefill queue in these tests; nobody here dies in the middle of a write that goes on.
 ACK_WAIT_S = 0.3
-FAST_FENCE = FenceTimes(ended_s=0.05, silent_s=0.1, stop_s=5.0, lonely_s=0.5)
+FAST_FENCE = FenceTimes(ended_s=0.05, silent_s=0.1, stop_s=5.0, lonely_s=0.6)
 MODEL = "tiny"
 SECRET = b"0123456789abcdef"
 SMALL = {

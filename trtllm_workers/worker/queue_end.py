@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from trtllm_workers.config.outside import NatsLogin
 from trtllm_workers.engines.base import Engine
+from trtllm_workers.errors import StartError
+from trtllm_workers.observe.status import read_status
 from trtllm_workers.planes.base import RequestPlane
 from trtllm_workers.planes.queue import ACK_WAIT_S, WorkQueue
 from trtllm_workers.planes.queue_nats import QueueSpec, open_nats_queue, queue_name
@@ -20,16 +24,22 @@ from trtllm_workers.worker.service import WorkerService
 
 # Decode removes what it does not want any more; this is for jobs of a decode worker that died.
 _AGE_MARGIN_S = 10.0
+_LOOK_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillQueue:
-    """Which queue to use. ``max_size`` 0: no limit."""
+    """Which queue to use. ``max_size`` 0: no limit.
 
-    servers: Sequence[str]
+    Without ``servers`` a server tells its URL in ``status_file`` within ``start_timeout_s``.
+    """
+
     login: NatsLogin
     namespace: str
     model: str
+    servers: Sequence[str] = ()
+    status_file: Path | None = None
+    start_timeout_s: float = 60.0
     max_size: int = 0
     storage: Literal["file", "memory"] = "file"
 
@@ -37,7 +47,8 @@ class PrefillQueue:
 async def open_prefill_queue(
     wanted: PrefillQueue, role: Role, *, worker_id: str, prefill_timeout_s: float
 ) -> WorkQueue:
-    """Connect to NATS and make the queue of this deployment and model. Raises ConfigError."""
+    """Connect to NATS and make the queue of this deployment and model. Raises ConfigError, StartError."""
+    servers = wanted.servers or [await _told(wanted.status_file, wanted.start_timeout_s)]
     spec = QueueSpec(
         queue_name("trtllm", "prefill", wanted.namespace, wanted.model),
         max_items=wanted.max_size,
@@ -45,8 +56,24 @@ async def open_prefill_queue(
         storage=wanted.storage,
     )
     return await open_nats_queue(
-        wanted.servers, wanted.login, spec, name=worker_id, decides=role is Role.DECODE
+        servers, wanted.login, spec, name=worker_id, decides=role is Role.DECODE
     )
+
+
+async def _told(status_file: Path | None, timeout_s: float) -> str:
+    """Return the URL that a server of this run tells once it listens."""
+    assert status_file is not None, "without servers there is a file that names one"
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                status = read_status(status_file)
+                if status is not None and status.step == "listening":
+                    return status.detail
+                await asyncio.sleep(_LOOK_S)  # files of another process have no event here
+    except TimeoutError as error:
+        raise StartError(
+            f"the NATS server of this run did not listen within {timeout_s:g} s ({status_file})"
+        ) from error
 
 
 def join_queue(

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ _START_TIMEOUT_S = 20.0
 _END_TIMEOUT_S = 5.0
 _LOOK_S = 0.02
 _PR_SET_PDEATHSIG = 1
+_ALL_IS_WELL = b"[INF]"
 
 
 def nats_program() -> str:
@@ -56,8 +58,13 @@ async def run_nats(folder: Path, token: str, status: StatusFile) -> None:
         loop.add_signal_handler(number, stop.set)
     config = _write_config(folder, token)
     server = await asyncio.create_subprocess_exec(
-        program, "-c", str(config), stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent
+        program,
+        *("-c", str(config)),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=_end_with_parent,
     )
+    speaking = asyncio.create_task(_pass_on(server))
     ended = asyncio.ensure_future(server.wait())
     stopped = asyncio.ensure_future(stop.wait())
     try:
@@ -72,6 +79,7 @@ async def run_nats(folder: Path, token: str, status: StatusFile) -> None:
     finally:
         stopped.cancel()
         await _end(server, ended)
+        await speaking
 
 
 def _write_config(folder: Path, token: str) -> Path:
@@ -118,6 +126,15 @@ def _told(folder: Path) -> str:
         with suppress(OSError, ValueError, KeyError, IndexError):
             return str(json.loads(path.read_text())["nats"][0])
     return ""
+
+
+async def _pass_on(server: asyncio.subprocess.Process) -> None:
+    """Show what the server says, without what it tells when all is well."""
+    assert server.stderr is not None
+    async for line in server.stderr:
+        if _ALL_IS_WELL not in line:
+            sys.stderr.write(line.decode(errors="replace"))
+            sys.stderr.flush()
 
 
 async def _end(server: asyncio.subprocess.Process, ended: asyncio.Future[int]) -> None:

@@ -42,7 +42,7 @@ def test_answers_equal_an_aggregated_runs(bench: Workbench, served: str, transpo
     parts.wait(lambda: parts.metric("prefill_queue_jobs_total", outcome="filled") == filled, "told")
     assert parts.metric("prefill_fallbacks_total") == 0
     assert parts.metric("prefill_queue_seconds_count") == filled
-    parts.wait(lambda: parts.metric("prefill_queue_depth") == 0, "acknowledged")
+    parts.wait(lambda: parts.metric("prefill_queue_requests") == 0, "acknowledged")
     parts.wait_no_block_held()
     run.signal(signal.SIGINT)
     assert run.wait_end() == 130

@@ -46,7 +46,7 @@ def show_handoffs(metrics: Metrics, load: WorkerStats) -> None:
     if handoffs.redelivered:
         counter("prefill_queue_redelivered_total", handoffs.redelivered)
     if handoffs.queue_depth >= 0:
-        depth = metrics.gauge(f"{_PREFIX}prefill_queue_depth", worker_id=worker_id)
+        depth = metrics.gauge(f"{_PREFIX}prefill_queue_requests", worker_id=worker_id)
         depth.set(handoffs.queue_depth)
     for pair in load.pairs:
         _show_pair(metrics, worker_id, pair)

@@ -235,7 +235,7 @@ TABLE: tuple[Spec, ...] = (
     ),
     # Of the prefill queue; only where there is one.
     Spec(
-        "trtllm_launch_prefill_queue_depth",
+        "trtllm_launch_prefill_queue_requests",
         "gauge",
         ("worker_id",),
         "Prompts in the prefill queue, waiting or worked on, as this decode worker saw it last.",

@@ -24,7 +24,9 @@
         ├── FrameError                4   503  bytes that are no frame of ours
         ├── AuthenticationFailed      4   503  a peer without the cluster secret
         ├── StaleIncarnation          4   503  a peer that was restarted meanwhile
-        └── PeerLost                  4   503  the connection to a peer ended
+        ├── PeerLost                  4   503  the connection to a peer ended
+        ├── QueueAway                 4   503  the work queue's server does not answer
+        └── QueueFull                 4   503  the work queue takes no more
 
 Only ``EngineDead`` ends a process. Exit codes: 0, 2 configuration, 3 launch, 4 engine died,
 130 interrupted.
@@ -157,9 +159,31 @@ class StaleIncarnation(PlaneError):
 
 
 class PeerLost(PlaneError):
-    """The connection to a peer ended while streams depended on it."""
+    """The connection to a peer ended while streams depended on it.
+
+    ``ended_there``: the other side ended it, so its process is gone or knows as much as we do. Without
+    it the peer may live and believe that all is well, for as long as a silent peer is waited for.
+    """
 
     code = "worker_lost"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, ended_there: bool = False
+    ) -> None:
+        super().__init__(message, param=param)
+        self.ended_there = ended_there
+
+
+class QueueAway(PlaneError):
+    """The work queue's server does not answer now; what it holds is not lost by that."""
+
+    code = "queue_away"
+
+
+class QueueFull(PlaneError):
+    """The work queue holds as many items as it may."""
+
+    code = "queue_full"
 
 
 class TransferError(LaunchError):

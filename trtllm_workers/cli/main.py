@@ -31,6 +31,8 @@ COMMANDS = {
     "lint": "Check engine configs for TensorRT-LLM: keys, roles, pairs, memory.",
     "doctor": "Check this machine: what is there, what is missing, how to get it.",
 }
+# Started by 'up' alone; help does not list them.
+INTERNAL = ("nats",)
 _EXIT_CONFIGURATION = 2
 _DEBUG = "TRTLLM_LAUNCH_DEBUG"
 
@@ -42,7 +44,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in COMMANDS and cmd_name not in INTERNAL:
             return None
         module = importlib.import_module(f"trtllm_workers.cli.{cmd_name}")
         command: click.Command = module.command
@@ -51,7 +53,8 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+        known = (*COMMANDS, *INTERNAL)
+        if args and args[0] not in known and not args[0].startswith("-"):
             near = nearest(args[0], COMMANDS)
             hint = f"did you mean '{near}'?" if near else f"there are: {', '.join(COMMANDS)}"
             raise ConfigError(f"unknown command '{args[0]}'; {hint}")

@@ -6,6 +6,8 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,12 +22,14 @@ from trtllm_workers.cli.options import (
 from trtllm_workers.cli.part import ADVERTISE_HOST, DRY_RUN_HELP, STATUS_FILE
 from trtllm_workers.config.options import Option
 from trtllm_workers.deploy.names import WORKER_OPTIONS
+from trtllm_workers.errors import ConfigError
 
 # Listening on these reaches everybody, but nobody can connect to them.
 _EVERY_ADDRESS = ("0.0.0.0", "::")
 
 if TYPE_CHECKING:
     from trtllm_workers.config.settings import Settings
+    from trtllm_workers.worker.queue_end import PrefillQueue
 
 WORKER_ID = Option(
     name="worker_id",
@@ -69,6 +73,49 @@ PORT = Option(
     help="Port where requests arrive; 0 takes a free one.",
     group="planes",
 )
+NATS_STATUS_FILE = Option(
+    name="nats_status_file",
+    flag="--nats-status-file",
+    env=(),
+    default=None,
+    default_text="none",
+    kind=Path,
+    metavar="FILE",
+    help="Where the NATS server of this run tells its address; 'up' starts one.",
+    group="planes",
+)
+
+
+def _prefill_queue(
+    settings: Settings, role: str, secret: bytes, nats_status: Path | None
+) -> PrefillQueue | None:
+    """Return which prefill queue to take part in; None: none."""
+    if settings.prefill_dispatch != "queue" or role == "aggregated":
+        return None
+    from trtllm_workers.config.outside import NatsLogin, nats_login, parse_nats
+    from trtllm_workers.planes.queue import queue_token
+    from trtllm_workers.worker.queue_end import PrefillQueue
+
+    queue = partial(
+        PrefillQueue,
+        namespace=settings.namespace,
+        model=settings.served_model_name,
+        max_size=settings.max_prefill_queue_size,
+    )
+    if settings.nats_server is not None:
+        return queue(servers=parse_nats(settings.nats_server), login=nats_login(settings))
+    if nats_status is None:
+        raise ConfigError(
+            "say where the prefill queue is: --nats-server nats://host:4222, the same for every worker "
+            "('trtllm-launch up' starts a server by itself)",
+            param="nats_server",
+        )
+    return queue(
+        status_file=nats_status,
+        start_timeout_s=settings.start_timeout_s,
+        login=NatsLogin(token=queue_token(secret)),
+        storage="memory",  # such a server ends with the run
+    )
 
 
 def _engine_options(settings: Settings, role: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -99,7 +146,7 @@ class _WorkerCommand(GroupedCommand):
 
 @click.command("worker", cls=_WorkerCommand, variables=secret_variables(WORKER_OPTIONS))
 @table_options(WORKER_OPTIONS)
-@own_options(WORKER_ID, ROLE, HOST, PORT, ADVERTISE_HOST, STATUS_FILE)
+@own_options(WORKER_ID, ROLE, HOST, PORT, ADVERTISE_HOST, STATUS_FILE, NATS_STATUS_FILE)
 @click.option("--dry-run", is_flag=True, help=DRY_RUN_HELP)
 def command(dry_run: bool, **values: Any) -> int:
     """Run one worker: an engine behind the request plane."""
@@ -153,6 +200,8 @@ def command(dry_run: bool, **values: Any) -> int:
     from trtllm_workers.planes.discovery import cluster_secret, discovery_root
     from trtllm_workers.worker.serve import WorkerSettings, serve_worker
 
+    secret = cluster_secret(discovery_root(discovery), settings.cluster_secret)
+    nats_status = own_value(NATS_STATUS_FILE, values["nats_status_file"])
     run_loop(
         serve_worker(
             WorkerSettings(
@@ -162,7 +211,7 @@ def command(dry_run: bool, **values: Any) -> int:
                 engine=settings.engine,
                 engine_config=engine_config,
                 discovery=discovery,
-                secret=cluster_secret(discovery_root(discovery), settings.cluster_secret),
+                secret=secret,
                 role=Role(role),
                 host=host,
                 port=port,
@@ -178,6 +227,7 @@ def command(dry_run: bool, **values: Any) -> int:
                 handoff_max_timeout_s=settings.handoff_max_timeout_s,
                 stall_timeout_s=settings.stall_timeout_s,
                 tells_launcher_to_stop=launcher_teller(environ),
+                prefill_queue=_prefill_queue(settings, role, secret, nats_status),
                 extra=extra,
             )
         )

@@ -49,6 +49,21 @@ def settle_disaggregation(layers: Layers, *, of_one_part: bool) -> None:
         if values[name] is not None:
             _settle_devices(layers, name)
     _settle_timeouts(layers)
+    _settle_queue(layers)
+
+
+def _settle_queue(layers: Layers) -> None:
+    values, sources = layers.values, layers.sources
+    if values["prefill_dispatch"] != "queue":
+        if layers.given("max_prefill_queue_size"):
+            source = sources["max_prefill_queue_size"]
+            layers.warnings.append(f"{source} has no effect without --prefill-dispatch queue")
+    elif values["strategy"] == "prefill_first":
+        layers.fail(
+            "prefill_dispatch",
+            f"queue needs --strategy decode_first, but it is prefill_first ({sources['strategy']}): "
+            "whoever decodes puts prompts into the queue; take one of the two back",
+        )
 
 
 def _settle_devices(layers: Layers, name: str) -> None:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtllm_workers.config.options import LAUNCH_OPTIONS, Option
 from trtllm_workers.config.settings import Settings
-from trtllm_workers.deploy.names import ENGINE_CONFIG_OF, INGRESS_OPTIONS, worker_options
+from trtllm_workers.deploy.names import (
+    ENGINE_CONFIG_OF,
+    INGRESS_OPTIONS,
+    NATS,
+    NATS_OPTIONS,
+    worker_options,
+)
 from trtllm_workers.deploy.shares import GPU_FRACTION, Crew, Share
 from trtllm_workers.types import Role
 
@@ -52,10 +59,24 @@ def ingress_argv(settings: Settings, discovery: str, advertise_host: str = "") -
     ]
 
 
+def nats_argv(settings: Settings, discovery: str, folder: Path) -> list[str]:
+    """Return the arguments (after the interpreter) of the run's own NATS server."""
+    flags = _flags(settings, NATS_OPTIONS)
+    return [*_PYTHON, "nats", "--folder", str(folder), *flags, "--discovery", discovery]
+
+
 def worker_argv(
-    settings: Settings, crew: Crew, share: Share, worker_id: str, discovery: str
+    settings: Settings,
+    crew: Crew,
+    share: Share,
+    worker_id: str,
+    discovery: str,
+    nats_status: Path | None = None,
 ) -> list[str]:
-    """Return the arguments (after the interpreter) of one worker of ``crew``."""
+    """Return the arguments (after the interpreter) of one worker of ``crew``.
+
+    ``nats_status`` is where the run's own NATS server tells its URL; None: there is none.
+    """
     python = _PYTHON_RANK if crew.runs_as_ranks else _PYTHON
     role = [] if crew.role is Role.AGGREGATED else ["--role", str(crew.role)]
     config = getattr(settings, ENGINE_CONFIG_OF[crew.role])
@@ -65,6 +86,7 @@ def worker_argv(
     return [
         *(*python, "worker", "--worker-id", worker_id, *role),
         *(*flags, "--discovery", discovery),
+        *(("--nats-status-file", str(nats_status)) if nats_status else ()),
         # Its leader may run on another host than the ingress.
         *(("--host", _EVERY_ADDRESS) if crew.method == "srun" else ()),
     ]
@@ -73,8 +95,9 @@ def worker_argv(
 def as_shell(plan: Plan) -> str:
     """Return the commands of a plan as shell text: quoted, one process per paragraph, no secret."""
     joint = ", " if " and " in plan.workers_in_words else " and "
+    nats = ", 1 NATS server" if any(one.role == NATS for one in plan.processes) else ""
     head = [
-        f"# run {plan.run_id}: 1 ingress{joint}{plan.workers_in_words} "
+        f"# run {plan.run_id}: 1 ingress{nats}{joint if not nats else ' and '}{plan.workers_in_words} "
         f"for model {_one_line(plan.model)}",
         "# By hand: each command in a terminal of its own.",
         *(f"# note: {note}" for note in plan.notes),

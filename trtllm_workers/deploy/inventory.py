@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trtllm_workers.deploy.ask import ask
+from trtllm_workers.deploy.nats import nats_program
 from trtllm_workers.deploy.plan import Inventory
 from trtllm_workers.deploy.shares import CUDA, THREADS
 
@@ -43,11 +44,18 @@ def take_inventory(environ: Mapping[str, str], engine: str = "") -> Inventory:
             for name, modules in _TRANSPORT_MODULES.items()
             if not any(_has_module(module) for module in modules)
         },
+        queue_lacks=_queue_lacks(),
         mpirun=mpirun,
         mpi_flavour=flavour,
         in_slurm_job=engine == "trtllm" and bool(environ.get("SLURM_JOB_ID")),
         host_env=environ,
     )
+
+
+def _queue_lacks() -> tuple[str, ...]:
+    """Return what is missing of the prefill queue's client and server."""
+    client = () if _has_module("nats") else ("nats-py",)
+    return client if nats_program() else (*client, "nats-server")
 
 
 def _has_module(name: str) -> bool:

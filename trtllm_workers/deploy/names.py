@@ -40,6 +40,10 @@ _QUEUE = (
     "nats_cert",
     "nats_key",
 )
+# The role of the NATS server that a run starts for itself, and its name.
+NATS = "nats"
+# Of the NATS server that a run starts for itself.
+NATS_OPTIONS = (*_MEETING, "log_level", "log_format")
 INGRESS_OPTIONS = (
     "http_host",
     "http_port",

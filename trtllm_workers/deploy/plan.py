@@ -12,8 +12,9 @@ from pathlib import Path
 from trtllm_workers.config.env import environment
 from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.settings import Settings
-from trtllm_workers.deploy.commands import ingress_argv, worker_argv
+from trtllm_workers.deploy.commands import ingress_argv, nats_argv, worker_argv
 from trtllm_workers.deploy.mpi import THIS_HOST, MpiHost
+from trtllm_workers.deploy.names import NATS
 from trtllm_workers.deploy.run import RunFolder
 from trtllm_workers.deploy.shares import GPU_FRACTION, THREADS, Crew, Share, share_out
 from trtllm_workers.deploy.worlds import Start, Worlds
@@ -31,7 +32,8 @@ class Inventory:
     ``gpus`` are the visible devices by the names CUDA_VISIBLE_DEVICES takes. ``preset`` holds
     OMP_NUM_THREADS when the environment sets it. ``mpiexec`` is the program of this environment that
     starts MPI worlds; ``mpi_lacks`` names what is missing for them. ``transports_lack`` names, by KV
-    transport, the missing package that it needs.
+    transport, the missing package that it needs; ``queue_lacks`` what the prefill queue needs: the
+    client's package, and the program of a server.
 
     For engine trtllm: ``mpirun`` is its MPI library's program and ``mpi_flavour`` says whose
     ("openmpi", "mpich", "": unknown); ``in_slurm_job`` whether this is inside a SLURM allocation;
@@ -46,6 +48,7 @@ class Inventory:
     mpiexec: str = ""
     mpi_lacks: tuple[str, ...] = ("mpiexec",)
     transports_lack: Mapping[str, str] = field(default_factory=dict)
+    queue_lacks: tuple[str, ...] = ()
     mpirun: str = ""
     mpi_flavour: str = ""
     in_slurm_job: bool = False
@@ -102,7 +105,7 @@ class Plan:
     @property
     def workers_in_words(self) -> str:
         """How many workers there are: ``2 workers``, ``1 prefill worker and 2 decode workers``."""
-        roles = Counter(one.role for one in self.processes if one.role != "ingress")
+        roles = Counter(one.role for one in self.processes if one.role not in ("ingress", NATS))
         return " and ".join(
             f"{count}{'' if role == Role.AGGREGATED else f' {role}'} worker{'s' if count > 1 else ''}"
             for role, count in roles.items()
@@ -122,6 +125,10 @@ def make_plan(
     """
     if settings.disaggregated and settings.engine != "trtllm":  # which moves its KV itself
         _require_transport(settings, inventory)
+    queued = settings.disaggregated and settings.prefill_dispatch == "queue"
+    own_nats = queued and settings.nats_server is None
+    if queued:
+        _require_queue(settings, inventory, own_nats=own_nats)
     log_dir = settings.log_dir.absolute() if settings.log_dir else folder.logs
     discovery = settings.discovery or folder.discovery.as_uri()
     # In a directory that several runs share, two workers of one name would replace each other.
@@ -168,7 +175,14 @@ def make_plan(
         process(
             name := f"{'worker' if crew.role is Role.AGGREGATED else crew.role}-{index}",
             str(crew.role),
-            worker_argv(settings, crew, share, f"{prefix}{name}", discovery),
+            worker_argv(
+                settings,
+                crew,
+                share,
+                f"{prefix}{name}",
+                discovery,
+                folder.status(NATS) if own_nats else None,
+            ),
             share.env,
             crew,
         )
@@ -177,11 +191,16 @@ def make_plan(
     ]
     reached_as = inventory.hostname if any(crew.method == "srun" for crew in crews) else ""
     ingress = process("ingress", "ingress", ingress_argv(settings, discovery, reached_as), {})
+    nats = (
+        [process(NATS, NATS, nats_argv(settings, discovery, folder.path / NATS), {})]
+        if own_nats
+        else []
+    )
     return Plan(
         run_id=folder.run_id,
         folder=folder,
-        # Workers first: they take longest.
-        processes=(*workers, ingress),
+        # What others wait for, then workers: they take longest.
+        processes=(*nats, *workers, ingress),
         model=settings.served_model_name,
         http_host=settings.http_host,
         http_port=settings.http_port,
@@ -263,6 +282,17 @@ def _require_transport(settings: Settings, inventory: Inventory) -> None:
             f"installed; run: pip install 'trtllm-launch[{name}]', "
             "or take what is there with --kv-transport auto",
             param="kv_transport",
+        )
+
+
+def _require_queue(settings: Settings, inventory: Inventory, *, own_nats: bool) -> None:
+    lacks = [one for one in inventory.queue_lacks if own_nats or one != "nats-server"]
+    if lacks:
+        source = settings.sources["prefill_dispatch"]
+        raise ConfigError(
+            f"the prefill queue ({source}) needs {' and '.join(lacks)}, which this environment has not; "
+            "run: pip install 'trtllm-launch[nats]'",
+            param="prefill_dispatch",
         )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from trtllm_workers.deploy.names import NATS
 from trtllm_workers.errors import StartError
 from trtllm_workers.observe.status import Status, read_status
 
@@ -32,7 +33,7 @@ _ATTEMPT_TIMEOUT_S = 30.0
 _RETRY_S = 0.1
 _MAX_ANSWER_BYTES = 256 * 1024
 
-_LAST_STEP = {"ingress": "listening"}
+_LAST_STEP = {"ingress": "listening", NATS: "listening"}
 
 
 @dataclass(slots=True)

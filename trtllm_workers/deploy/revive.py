@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from trtllm_workers.deploy import report
+from trtllm_workers.deploy.names import NATS
 from trtllm_workers.deploy.output import Terminal
 from trtllm_workers.deploy.plan import Plan, PlannedProcess
 from trtllm_workers.deploy.ready import Ladder, climb
@@ -105,7 +106,7 @@ class Reviver:
         child = death.result()
         now_s = asyncio.get_running_loop().time()
         restart = None
-        if child.plan.role != "ingress":
+        if child.plan.role not in ("ingress", NATS):
             restart = self._restarts.after_death(child.name, now_s)
         if restart is None:
             raise fatal(child)

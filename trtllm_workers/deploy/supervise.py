@@ -19,6 +19,7 @@ from typing import Any
 from trtllm_workers.config.env import PROCESS_LOG
 from trtllm_workers.deploy import proc
 from trtllm_workers.deploy.end import end_processes
+from trtllm_workers.deploy.names import NATS
 from trtllm_workers.deploy.output import LogFile, Output, Terminal
 from trtllm_workers.deploy.parent import PARENT_PID
 from trtllm_workers.deploy.plan import Plan, PlannedProcess
@@ -173,8 +174,8 @@ class Supervisor:
     async def end(self, grace_s: float, hurry: asyncio.Event) -> list[str]:
         """End everything: TERM to each group, wait up to ``grace_s``, then KILL.
 
-        The ingress goes first, so that its running requests still have workers. ``hurry`` cuts the
-        wait to two seconds. Returns the names of those that needed KILL.
+        The ingress goes first, so that its running requests still have workers; the NATS server goes
+        last. ``hurry`` cuts the wait to two seconds. Returns the names of those that needed KILL.
         """
         self._ending = True
         for child in self.children:
@@ -182,7 +183,12 @@ class Supervisor:
         clock = asyncio.get_running_loop().time
         deadline = clock() + grace_s
         fronts = [child for child in self.children if child.plan.role == "ingress"]
-        for stage, least_s in ((fronts, 0.0), (self.children, _LAST_STAGE_S)):
+        # Workers that drain still say what became of queued work.
+        most = [child for child in self.children if child.plan.role != NATS]
+        stages = [(fronts, 0.0), (most, _LAST_STAGE_S)]
+        if len(most) < len(self.children):
+            stages.append((self.children, _LAST_STAGE_S))
+        for stage, least_s in stages:
             await self._ask_to_end(stage)
             # A stopped process (Ctrl-Z, a debugger) would not see TERM before it goes on.
             _signal_groups(stage, signal.SIGCONT)

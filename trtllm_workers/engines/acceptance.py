@@ -5,11 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Sequence
 
-from trtllm_workers.errors import ContextTooLong, NotSupported, RequestError
+from trtllm_workers.errors import ContextTooLong, EngineError, NotSupported, RequestError
 from trtllm_workers.types import EngineInfo, GenerateRequest, SamplingParams
 
 _DEFAULTS = SamplingParams(max_tokens=1)
 _FIELDS = SamplingParams.__struct_fields__
+
+
+def check_filled(request: GenerateRequest, num_filled_blocks: int, block_size: int) -> None:
+    """Raise EngineError when so many blocks leave no prompt token to compute."""
+    most = (len(request.prompt_token_ids) - 1) // block_size
+    if not 0 <= num_filled_blocks <= most:
+        raise EngineError(
+            f"request {request.request_id}: {num_filled_blocks} filled blocks of {block_size} tokens, "
+            f"but the last of {len(request.prompt_token_ids)} prompt tokens must be computed: 0 to "
+            f"{most} may be filled"
+        )
 
 
 def check_request(

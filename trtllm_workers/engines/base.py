@@ -78,6 +78,11 @@ class Engine(Protocol):
       ``deliver`` exactly once. Unless the request ended with that token (stop, length 1, abort,
       error), the prompt's blocks stay pinned: neither evicted nor overwritten until ``release``.
     * ``release`` unpins; full blocks stay as prefix cache. Of an unknown request it does nothing.
+    * ``prefill_reserved`` of a request that was reserved here goes on as ``prefill``, with the same
+      ``Prefilled``: the first ``num_filled_blocks`` blocks hold the KV of their tokens, brought by the
+      caller or cached; the rest of the prompt is computed. At least its last token is: EngineError for
+      more blocks than that allows, for a request that is not reserved (any more), and from an engine
+      that moves its own KV.
 
     Handoffs, decode side:
 
@@ -115,6 +120,10 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> None: ...
 
     def prefill(self, request: GenerateRequest, deliver: DeliverPrefilled) -> None: ...
+
+    def prefill_reserved(
+        self, request_id: str, num_filled_blocks: int, deliver: DeliverPrefilled
+    ) -> None: ...
 
     def release(self, request_id: str) -> None: ...
 

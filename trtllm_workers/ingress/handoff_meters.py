@@ -17,6 +17,8 @@ def observe_phases(metrics: Metrics, model: str, handoffs: HandoffStats) -> None
             metrics.histogram(
                 f"{_PREFIX}first_token_phase_seconds", model=model, phase=phase
             ).observe(seconds)
+    for seconds in handoffs.queue_waits:
+        metrics.histogram(f"{_PREFIX}prefill_queue_seconds", model=model).observe(seconds)
 
 
 def show_handoffs(metrics: Metrics, load: WorkerStats) -> None:
@@ -39,6 +41,13 @@ def show_handoffs(metrics: Metrics, load: WorkerStats) -> None:
         counter("handoffs_total", count, state=state, cause=cause)
     for cause, count in handoffs.fallbacks:
         counter("prefill_fallbacks_total", count, cause=cause)
+    for outcome, count in handoffs.queue_jobs:
+        counter("prefill_queue_jobs_total", count, outcome=outcome)
+    if handoffs.redelivered:
+        counter("prefill_queue_redelivered_total", handoffs.redelivered)
+    if handoffs.queue_depth >= 0:
+        depth = metrics.gauge(f"{_PREFIX}prefill_queue_requests", worker_id=worker_id)
+        depth.set(handoffs.queue_depth)
     for pair in load.pairs:
         _show_pair(metrics, worker_id, pair)
 

@@ -270,4 +270,30 @@ TABLE: tuple[Spec, ...] = (
         "Parts of a disaggregated first token: queue, prefill, transfer, first_decode.",
         _FIRST_TOKEN_S,
     ),
+    # Of the prefill queue; only where there is one.
+    Spec(
+        "trtllm_launch_prefill_queue_requests",
+        "gauge",
+        ("worker_id",),
+        "Prompts in the prefill queue, waiting or worked on, as this decode worker saw it last.",
+    ),
+    Spec(
+        "trtllm_launch_prefill_queue_jobs_total",
+        "counter",
+        ("worker_id", "outcome"),
+        "What became of prompts for the queue: filled; lost or given_back by a taker; or a fallback's cause.",
+    ),
+    Spec(
+        "trtllm_launch_prefill_queue_redelivered_total",
+        "counter",
+        ("worker_id",),
+        "Prompts that this prefill worker took from the queue after somebody else had.",
+    ),
+    Spec(
+        "trtllm_launch_prefill_queue_seconds",
+        "histogram",
+        ("model",),
+        "From putting a prompt into the queue to a prefill worker beginning it.",
+        _FIRST_TOKEN_S,
+    ),
 )

@@ -197,7 +197,9 @@ class Connection(asyncio.Protocol):
             self._deadline.cancel()
         error = self._error
         if error is None:
-            error = self._error = PeerLost(self._why_lost(exc))
+            # A reset or an end was sent by the other side; a time-out is this side's guess.
+            there = exc is None or isinstance(exc, (ConnectionResetError, BrokenPipeError))
+            error = self._error = PeerLost(self._why_lost(exc), ended_there=there)
         self._out.clear()
         self._paused = False
         if not self.open.done():

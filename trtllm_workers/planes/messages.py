@@ -14,7 +14,20 @@ Between a decode and a prefill worker, for each handoff::
       │ ── Fetched ────────────────────▶ │       or CancelHandoff, at any time
       │ ◀────────────────────── Released │       says whether the blocks were pinned all along
 
-and before the first one: PairAsk, PairAnswer.
+and before the first one: PairAsk, PairAnswer; then PairReady, once its tokens were found right.
+
+With a prefill queue the decode worker puts a PrefillJob there, and whoever has taken it asks for it::
+
+    prefill                             decode
+      │ ── FillAsk ────────────────────▶ │
+      │ ◀──────── FillRefused | FillGrant │
+      │ (reads cached blocks)             │
+      │ ── FillKeep ───────────────────▶ │       only if it has read any
+      │ ◀─────────────────────── FillKept │
+      │ (computes, writes the blocks)     │
+      │ ── Filled ─────────────────────▶ │       or FillStopped, at any time after the grant
+      │ ◀───────────────────── FillAnswer │
+      │ ◀───────────────────── FillCancel │       at any time; FillStopped or Filled follows
 """
 
 from __future__ import annotations
@@ -134,6 +147,12 @@ class PairAnswer(msgspec.Struct, frozen=True, tag="paired", array_like=True):
     error_message: str = ""
 
 
+class PairReady(msgspec.Struct, frozen=True, tag="ready", array_like=True):
+    """The decode worker takes blocks of the receiver from now on, or does not any more."""
+
+    ready: bool
+
+
 class PrefillAsk(msgspec.Struct, frozen=True, tag="prefill", array_like=True):
     """Prefill this and offer the blocks. ``handoff`` is a name of the decode worker's choosing."""
 
@@ -190,6 +209,103 @@ class CancelHandoff(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
     reason: str
 
 
+class PrefillJob(msgspec.Struct, frozen=True, array_like=True):
+    """A prompt to compute, as it lies in the prefill queue. Tells nothing that its server should not know.
+
+    Prompt, blocks and cards are told by ``decode``, to a worker that has taken the job and holds the
+    cluster secret. ``num_cached_blocks`` of ``num_tokens`` lie there already. It is wanted for
+    ``timeout_s`` from when it was put, at ``put_at_s`` by the clock of decode's host (Unix time): only a
+    hint, as the two clocks may differ.
+    """
+
+    version: int
+    job: str
+    decode: Address
+    num_tokens: int
+    num_cached_blocks: int
+    timeout_s: float
+    put_at_s: float
+
+
+class FillAsk(msgspec.Struct, frozen=True, tag="fill?", array_like=True):
+    """The prefill worker has taken this job of the receiver's from the queue, and would do it."""
+
+    job: str
+
+
+class FillGrant(msgspec.Struct, frozen=True, tag="grant", array_like=True):
+    """Compute this prompt and write its KV into these blocks, within ``timeout_s`` from now.
+
+    The first ``num_cached_blocks`` must not be written; they may be read. ``cards`` are those of the
+    decode worker's transports, the best first. An engine that moves its own KV names neither: the
+    prefill worker then makes an Offer for ``job``.
+    """
+
+    job: str
+    request: GenerateRequest
+    block_ids: tuple[int, ...]
+    num_cached_blocks: int
+    cards: list[TransportCard]
+    timeout_s: float
+
+
+class FillRefused(msgspec.Struct, frozen=True, tag="no grant", array_like=True):
+    """Not now: ask again after ``retry_s``; below 0: never, the job is done or not wanted any more."""
+
+    job: str
+    retry_s: float
+    reason: str
+
+
+class FillKeep(msgspec.Struct, frozen=True, tag="keep?", array_like=True):
+    """The prefill worker has read cached blocks: were they what they are now, all along?"""
+
+    job: str
+
+
+class FillKept(msgspec.Struct, frozen=True, tag="kept", array_like=True):
+    """Without ``valid`` the blocks may have been somebody else's: what was read is void."""
+
+    job: str
+    valid: bool
+
+
+class Filled(msgspec.Struct, frozen=True, tag="filled", array_like=True):
+    """All blocks are written: ``num_bytes`` in ``seconds``. ``first`` is the first token.
+
+    With a ``finish_reason`` in it the request ended there, and nothing was written.
+    """
+
+    job: str
+    first: TokenChunk
+    num_bytes: int
+    seconds: float
+    queue_s: float
+    compute_s: float
+
+
+class FillAnswer(msgspec.Struct, frozen=True, tag="fill.", array_like=True):
+    """The job is over. Without ``valid`` what was written is not used."""
+
+    job: str
+    valid: bool
+
+
+class FillCancel(msgspec.Struct, frozen=True, tag="fill-", array_like=True):
+    """Stop writing, and say so."""
+
+    job: str
+    reason: str
+
+
+class FillStopped(msgspec.Struct, frozen=True, tag="stopped", array_like=True):
+    """No byte of this job moves any more. With an error's code nobody else need try it."""
+
+    job: str
+    code: str = ""
+    message: str = ""
+
+
 class PairStats(msgspec.Struct, frozen=True, array_like=True):
     """What a decode worker has seen of one prefill worker. Counters only grow.
 
@@ -217,6 +333,10 @@ class HandoffStats(msgspec.Struct, frozen=True, array_like=True):
     ``ended`` counts (state, cause), ``fallbacks`` counts causes of local prefill that was meant to be
     remote, ``local`` prompts computed here because their uncached part was short. ``phases`` holds
     what is new since the last message: seconds of (queue, prefill, transfer, first decode).
+
+    With a prefill queue: ``queue_jobs`` counts jobs by outcome, ``redelivered`` jobs that were taken a
+    second time or more, ``queue_depth`` is what the queue held last (-1: not known), ``queue_waits``
+    holds new seconds between put and grant.
     """
 
     offered: int = 0
@@ -226,6 +346,10 @@ class HandoffStats(msgspec.Struct, frozen=True, array_like=True):
     local: int = 0
     phases: list[tuple[float, float, float, float]] = []
     leaked_blocks: int = 0
+    queue_jobs: list[tuple[str, int]] = []
+    redelivered: int = 0
+    queue_depth: int = -1
+    queue_waits: list[float] = []
 
 
 class WorkerStats(msgspec.Struct, frozen=True, tag="stats", array_like=True):
@@ -256,6 +380,7 @@ Message = (
     | StopAsk
     | PairAsk
     | PairAnswer
+    | PairReady
     | PrefillAsk
     | PrefillRefused
     | Offer
@@ -263,4 +388,13 @@ Message = (
     | Fetched
     | Released
     | CancelHandoff
+    | FillAsk
+    | FillGrant
+    | FillRefused
+    | FillKeep
+    | FillKept
+    | Filled
+    | FillAnswer
+    | FillCancel
+    | FillStopped
 )

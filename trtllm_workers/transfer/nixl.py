@@ -326,7 +326,11 @@ class NixlTransport:
         assert self._door is not None
         check_wire(self._door, door, card.peer_id)
         link = NixlLink(self._thread, self._pool, self._peer_id, card, door)
-        await link.open(timeout_s)
+        try:
+            await link.open(timeout_s)
+        except BaseException:  # also when nobody waits for it any more
+            await link.close()
+            raise
         self._links = [other for other in self._links if not other.closed]
         self._links.append(link)
         return link

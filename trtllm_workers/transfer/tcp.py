@@ -251,7 +251,11 @@ class TcpTransport:
         check_layouts(self._pool.layout, card.layout, card.peer_id)
         door = read_door(card, Door)
         link = TcpLink(self._thread, self._pool, self._peer_id, card.peer_id, door)
-        await link.open(timeout_s)
+        try:
+            await link.open(timeout_s)
+        except BaseException:  # also when nobody waits for it any more
+            await link.close()
+            raise
         self._links = [other for other in self._links if not other.closed]
         self._links.append(link)
         return link

@@ -61,6 +61,7 @@ from trtllm_workers.worker.handoff_job import (
 from trtllm_workers.worker.handoff_meters import HandoffMeters
 from trtllm_workers.worker.native_fetch import fetch_natively
 from trtllm_workers.worker.pairs import READY, Pair, Pairs
+from trtllm_workers.worker.queued_prefill import QueuedPrefills
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -87,6 +88,7 @@ class DecodeDesk:
         self._by_handoff: dict[tuple[str, str, str], Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.pairs: Pairs | None = None
+        self.queued: QueuedPrefills | None = None  # with a prefill queue
 
     @property
     def request_ids(self) -> Collection[str]:
@@ -246,6 +248,8 @@ class DecodeDesk:
             self._meters.local += 1
             return None
         try:
+            if self.queued is not None and not job.asked and job.pair is None:
+                return await self._have_filled(self.queued, job, reservation)
             return await self._fetch(job, reservation)
         except Aborted:
             self._give_up(job, "aborted")
@@ -266,6 +270,15 @@ class DecodeDesk:
         except BaseException:
             self._give_up(job, "shutdown")
             raise
+
+    async def _have_filled(
+        self, queued: QueuedPrefills, job: Job, reservation: Reservation
+    ) -> TokenChunk:
+        filled = await queued.bring(job, reservation)
+        job.offered_s = now_s() - filled.seconds
+        if filled.first.finish_reason is None:
+            self._time_first_token(job, filled.queue_s, filled.compute_s)
+        return filled.first
 
     async def _fetch(self, job: Job, reservation: Reservation) -> TokenChunk:
         pair = self._choose(job)
@@ -292,7 +305,7 @@ class DecodeDesk:
             )
         if num_bytes:
             pair.moved(num_bytes, seconds)
-        self._time_first_token(job, offer)
+        self._time_first_token(job, prefilled.queue_s, prefilled.compute_s)
         return prefilled.first
 
     async def _fetch_natively(self, job: Job, pair: Pair, offer: Offer) -> TokenChunk:
@@ -300,7 +313,7 @@ class DecodeDesk:
 
         def begun(seconds: float) -> None:
             pair.moved(0, seconds)
-            self._time_first_token(job, offer)
+            self._time_first_token(job, offer.prefilled.queue_s, offer.prefilled.compute_s)
             job.streaming = True
 
         self._say(pair, Fetching(job.handoff_id))
@@ -382,13 +395,10 @@ class DecodeDesk:
             raise WentWrong(LOST if isinstance(result, PeerLost) else REFUSED, result)
         return result
 
-    def _time_first_token(self, job: Job, offer: Offer) -> None:
-        """Note the phases once the first token is out."""
+    def _time_first_token(self, job: Job, queue_s: float, compute_s: float) -> None:
+        """Note the phases once the first token is out; ``queue_s`` is the prefill worker's own."""
         brought_s = now_s()
-        compute_s = offer.prefilled.compute_s
-        if job.handed_over:
-            queue_s = offer.prefilled.queue_s
-        else:
+        if not job.handed_over:
             queue_s = max(0.0, job.offered_s - job.arrived_s - compute_s)
         transfer_s = brought_s - job.offered_s
 

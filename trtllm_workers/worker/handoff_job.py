@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 # What goes wrong on the way, as causes in metrics and logs.
 NO_PREFILL, REFUSED, LOST = "no_prefill_worker", "prefill_refused", "prefill_lost"
+QUEUE_FULL, QUEUE_AWAY = "queue_full", "queue_away"
 PREFILL_TIMEOUT, EXPIRED, TRANSFER = "prefill_timeout", "handoff_expired", "transfer_failed"
 
 

@@ -23,6 +23,11 @@ class HandoffMeters:
         self._ended: Counter[tuple[str, str]] = Counter()
         self._fallbacks: Counter[str] = Counter()
         self._phases: list[tuple[float, float, float, float]] = []
+        self.filled = 0
+        self.redelivered = 0
+        self.queue_depth = -1
+        self._queue_jobs: Counter[str] = Counter()
+        self._queue_waits: list[float] = []
 
     def ended(self, state: str, cause: str) -> None:
         """Count one handoff that ended."""
@@ -39,10 +44,20 @@ class HandoffMeters:
         if len(self._phases) < _MAX_PHASES:
             self._phases.append((queue_s, prefill_s, transfer_s, first_decode_s))
 
+    def queue_job(self, outcome: str) -> None:
+        """Count one thing that became of a job of the prefill queue."""
+        self._queue_jobs[outcome] += 1
+
+    def queue_wait(self, seconds: float) -> None:
+        """Note how long a job waited until a prefill worker was given leave to do it."""
+        if len(self._queue_waits) < _MAX_PHASES:
+            self._queue_waits.append(seconds)
+
     def take(self) -> HandoffStats:
         """Return the counts; the phases in them are not returned again."""
         phases, self._phases = self._phases, []
-        return msgspec.structs.replace(self.counts(), phases=phases)
+        waits, self._queue_waits = self._queue_waits, []
+        return msgspec.structs.replace(self.counts(), phases=phases, queue_waits=waits)
 
     def counts(self) -> HandoffStats:
         """Return the counts without the phases."""
@@ -53,4 +68,7 @@ class HandoffMeters:
             fallbacks=list(self._fallbacks.items()),
             local=self.local,
             leaked_blocks=self.leaked_blocks,
+            queue_jobs=list(self._queue_jobs.items()),
+            redelivered=self.redelivered,
+            queue_depth=self.queue_depth,
         )

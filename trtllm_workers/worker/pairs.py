@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import structlog
 
@@ -27,7 +27,7 @@ from trtllm_workers.errors import (
     error_for_code,
 )
 from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
-from trtllm_workers.planes.messages import PairAnswer, PairAsk, PairStats
+from trtllm_workers.planes.messages import PairAnswer, PairAsk, PairReady, PairStats
 from trtllm_workers.transfer.base import KvLink, KvTransport
 from trtllm_workers.transfer.handoff import Rate
 from trtllm_workers.types import (
@@ -177,6 +177,10 @@ class Pairs:
             return None
         self._turn += 1
         return usable[self._turn % len(usable)]
+
+    def any_can_take(self, request: GenerateRequest) -> bool:
+        """Whether there is a usable pair that can compute the prompt."""
+        return any(pair.usable and pair.can_take(request) for pair in self._pairs.values())
 
     def of(self, peer: Peer) -> Pair | None:
         """Return the pair at the other end of a connection."""
@@ -397,6 +401,9 @@ class Pairs:
 
     def _set(self, pair: Pair, state: str, reason: str) -> None:
         changed = (pair.state, pair.reason) != (state, reason)
+        if (pair.state == READY) != (state == READY) and pair.peer is not None:
+            with suppress(PeerLost):
+                pair.peer.send(PairReady(state == READY))
         pair.state, pair.reason = state, reason
         if changed:
             self._changed()

@@ -22,6 +22,7 @@ from trtllm_workers.observe.status import StatusFile
 from trtllm_workers.planes.base import Discovery, Lease
 from trtllm_workers.planes.discovery import open_discovery
 from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
+from trtllm_workers.planes.queue import WorkQueue
 from trtllm_workers.transfer.base import KvTransport
 from trtllm_workers.transfer.prefault import prefault
 from trtllm_workers.types import EngineInfo, Role, WorkerRecord, WorkerState
@@ -30,6 +31,7 @@ from trtllm_workers.worker.kv_feeds import why_no_events
 from trtllm_workers.worker.ledger import Ledger
 from trtllm_workers.worker.pairing import open_kv_transports, owned_by, pair_statuses, start_pairs
 from trtllm_workers.worker.prefill_desk import HandoffLimits
+from trtllm_workers.worker.queue_end import PrefillQueue, join_queue, open_prefill_queue
 from trtllm_workers.worker.service import WorkerService
 from trtllm_workers.worker.stopping import Stopping
 from trtllm_workers.worker.watchdog import Watchdog
@@ -58,6 +60,7 @@ class WorkerSettings:
     * ``prefill_timeout_s``: how long a decode worker waits for a prefill worker's offer.
       ``handoff_min_timeout_s`` and ``handoff_max_timeout_s`` bound the deadline of a transfer.
     * ``stall_timeout_s``: an engine that makes no token and no step for so long is taken for dead; 0: never.
+    * ``prefill_queue``: roles prefill and decode hand prompts over through it; None: directly.
     * ``tells_launcher_to_stop``: see ``stopping.py``.
     * ``extra``: engine options that are not TensorRT-LLM keys, see ``EngineOptions``.
     """
@@ -82,6 +85,7 @@ class WorkerSettings:
     handoff_min_timeout_s: float = 5.0
     handoff_max_timeout_s: float = 120.0
     stall_timeout_s: float = 120.0
+    prefill_queue: PrefillQueue | None = None
     tells_launcher_to_stop: Callable[[], bool] | None = None
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -125,7 +129,18 @@ async def serve_worker(settings: WorkerSettings) -> None:
     )
     discovery: Discovery | None = None
     transports: tuple[KvTransport, ...] = ()
+    queue: WorkQueue | None = None
     try:
+        if settings.prefill_queue is not None:
+            opening = open_prefill_queue(
+                settings.prefill_queue,
+                settings.role,
+                worker_id=settings.worker_id,
+                prefill_timeout_s=settings.prefill_timeout_s,
+            )
+            queue = await _unless_stopped(opening, stop)
+            if queue is None:
+                return
         status.report("model", done=0.0)
         began_s = time.monotonic()
         info = await _unless_stopped(engine.start(), stop)
@@ -155,6 +170,17 @@ async def serve_worker(settings: WorkerSettings) -> None:
         service.attach(
             mesh, info, transports, max_local_prefill_length=settings.max_local_prefill_length
         )
+        if queue is not None:
+            join_queue(
+                service,
+                queue,
+                settings.role,
+                mesh,
+                engine,
+                info,
+                transports,
+                prefill_timeout_s=settings.prefill_timeout_s,
+            )
         discovery = open_discovery(settings.discovery)
         record = WorkerRecord(
             worker_id=settings.worker_id,
@@ -164,6 +190,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
             engine=info,
             started_at_s=time.time(),
             max_local_prefill_length=settings.max_local_prefill_length,
+            queues_prefill=queue is not None and settings.role is Role.DECODE,
             no_kv_events=no_kv_events,
         )
         async with contextlib.AsyncExitStack() as stack:
@@ -209,6 +236,8 @@ async def serve_worker(settings: WorkerSettings) -> None:
         if discovery is not None:
             await _quietly(discovery.close())
         await _quietly(service.close())
+        if queue is not None:
+            await _quietly(queue.close())
         for transport in transports:
             await _quietly(transport.close())
         await _quietly(engine.close())

@@ -21,6 +21,7 @@ from trtllm_workers.planes.messages import (
     Offer,
     PairAnswer,
     PairAsk,
+    PairReady,
     PrefillAsk,
     PrefillRefused,
     Released,
@@ -37,6 +38,8 @@ from trtllm_workers.worker.kv_feeds import KvFeeds
 from trtllm_workers.worker.outbox import ReplyLine, StreamOut
 from trtllm_workers.worker.pairs import Pairs, check_models
 from trtllm_workers.worker.prefill_desk import HandoffLimits, PrefillDesk
+from trtllm_workers.worker.prefill_puller import PrefillPuller
+from trtllm_workers.worker.queued_prefill import QueuedPrefills
 from trtllm_workers.worker.roles import ROLES, Desks
 
 log = structlog.get_logger(__name__)
@@ -68,6 +71,7 @@ class WorkerService:
         self.prefills = PrefillDesk(worker_id, engine, self.meters, limits)
         self.decodes: DecodeDesk | None = None
         self.pairs: Pairs | None = None
+        self.queue_end: PrefillPuller | QueuedPrefills | None = None
         self._desks: Desks | None = None
         self._plane: RequestPlane | None = None
         self._info: EngineInfo | None = None
@@ -106,16 +110,27 @@ class WorkerService:
         """Take prefill workers from here."""
         assert self.decodes is not None, "only decode workers have pairs"
         self.pairs = self.decodes.pairs = pairs
+        if isinstance(self.queue_end, QueuedPrefills):
+            self.queue_end.pairs = pairs
+
+    def use_queue(self, end: PrefillPuller | QueuedPrefills) -> None:
+        """Take part in the prefill queue, and close that end with this service."""
+        self.queue_end = end
+        if isinstance(end, QueuedPrefills):
+            assert self.decodes is not None, "only decode workers put jobs"
+            self.decodes.queued, end.pairs = end, self.pairs
 
     @property
     def num_streams(self) -> int:
-        """Streams and handoffs that have not ended."""
-        return sum(len(line.streams) for line in self._lines.values()) + self.prefills.num_open
+        """Streams, handoffs and jobs of the prefill queue that have not ended."""
+        streams = sum(len(line.streams) for line in self._lines.values())
+        jobs = self.queue_end.num_open if self.queue_end is not None else 0
+        return streams + self.prefills.num_open + jobs
 
     @property
     def progress(self) -> int:
         """Grows with everything that only a working engine gives: tokens, ends of answers, prompts' KV."""
-        return self._num_given + self.meters.offered
+        return self._num_given + self.meters.offered + self.meters.filled
 
     def owned(self) -> set[str]:
         """Return the engine's requests that some stream or handoff here stands for."""
@@ -123,6 +138,8 @@ class WorkerService:
         owned.update(self.prefills.request_ids)
         if self.decodes is not None:
             owned.update(self.decodes.request_ids)
+        if self.queue_end is not None:
+            owned.update(self.queue_end.request_ids)
         return owned
 
     # --- messages ------------------------------------------------------------------------------
@@ -148,6 +165,8 @@ class WorkerService:
 
     def _on_handoff(self, peer: Peer, message: Message) -> bool:
         """Take a message between prefill and decode; False when it is none or not for this role."""
+        if self.queue_end is not None and self.queue_end.on_message(peer, message):
+            return True
         if self._role is Role.PREFILL:
             if isinstance(message, PrefillAsk):
                 self.prefills.ask(peer, message)
@@ -159,6 +178,8 @@ class WorkerService:
                 self.prefills.cancel(peer, message)
             elif isinstance(message, PairAsk):
                 peer.send(self._pair_answer(peer, message))
+            elif isinstance(message, PairReady):
+                pass  # only those who take jobs from a queue need to know
             else:
                 return False
             return True
@@ -187,6 +208,8 @@ class WorkerService:
             del self._watchers[peer.address]
         self._kv_feeds.forget(peer.address)
         self.prefills.peer_lost(peer, error)
+        if self.queue_end is not None:
+            self.queue_end.peer_lost(peer, error)
         if self.pairs is not None and self.decodes is not None:
             pair = self.pairs.peer_lost(peer, error)
             if pair is not None:
@@ -303,6 +326,8 @@ class WorkerService:
     def drain(self, reason: str) -> None:
         """Take no new request; running ones go on. Every connected process is told at once."""
         self._draining = self.prefills.draining = reason
+        if self.queue_end is not None:
+            self.queue_end.drain()
         for peer in self._plane.peers() if self._plane is not None else ():
             try:
                 peer.send(Drain(reason))
@@ -320,6 +345,8 @@ class WorkerService:
     def abort_all(self) -> None:
         """Abort every stream."""
         self.prefills.abort_all()
+        if self.queue_end is not None:
+            self.queue_end.abort_all()
         for line in list(self._lines.values()):
             for out in list(line.streams.values()):
                 self._abort_request(out.request_id)
@@ -329,6 +356,8 @@ class WorkerService:
         await self._kv_feeds.close()
         if self.decodes is not None:
             await self.decodes.close()
+        if self.queue_end is not None:
+            await self.queue_end.close()
         for line in list(self._lines.values()):
             await line.close()
         self._lines.clear()

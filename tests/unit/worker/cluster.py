@@ -21,6 +21,7 @@ from trtllm_workers.planes.base import Lease, Peer
 from trtllm_workers.planes.frames import columns
 from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
 from trtllm_workers.planes.messages import Abort, Message, StatsAsk, Submit, Tokens, WorkerStats
+from trtllm_workers.planes.queue import WorkQueue
 from trtllm_workers.transfer.base import KvTransport
 from trtllm_workers.transfer.registry import open_transport
 from trtllm_workers.types import (
@@ -37,9 +38,14 @@ from trtllm_workers.worker.ledger import Ledger
 from trtllm_workers.worker.pairing import owned_by, start_pairs
 from trtllm_workers.worker.pairs import READY
 from trtllm_workers.worker.prefill_desk import HandoffLimits
+from trtllm_workers.worker.queue_end import join_queue
+from trtllm_workers.worker.queued_prefill import FenceTimes
 from trtllm_workers.worker.service import WorkerService
 
 DEADLINE_S = 20.0
+# Of the prefill queue in these tests; nobody here dies in the middle of a write that goes on.
+ACK_WAIT_S = 0.3
+FAST_FENCE = FenceTimes(ended_s=0.05, silent_s=0.1, stop_s=5.0, lonely_s=0.6)
 MODEL = "tiny"
 SECRET = b"0123456789abcdef"
 SMALL = {
@@ -171,6 +177,8 @@ class Cluster:
         canary_interval_s: float = 0.0,
         wrap: Callable[[Engine], Engine] = lambda engine: engine,
         extra: dict[str, str] | None = None,
+        queue: WorkQueue | None = None,
+        fence: FenceTimes = FAST_FENCE,
         transport: str | None = None,
         **config: Any,
     ) -> Node:
@@ -215,6 +223,19 @@ class Cluster:
         stack.push_async_callback(mesh.close)
         service.attach(mesh, info, transports, max_local_prefill_length=max_local)
         stack.push_async_callback(service.close)
+        if queue is not None:
+            join_queue(
+                service,
+                queue,
+                role,
+                mesh,
+                engine,
+                info,
+                transports,
+                prefill_timeout_s=limits.prefill_timeout_s,
+                fence=fence,
+                ack_wait_s=ACK_WAIT_S,
+            )
         record = WorkerRecord(
             worker_id=worker_id, model=MODEL, role=role, address=mesh.address, engine=info
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from trtllm_workers.engines.sim.cost import CostModel, load_cost
 from trtllm_workers.engines.sim.handoffs import Handoffs
 from trtllm_workers.engines.sim.kv_memory import ORDER, map_pool
 from trtllm_workers.engines.sim.pool import BlockPool
-from trtllm_workers.engines.sim.scheduler import Scheduler
+from trtllm_workers.engines.sim.scheduler import OnHeld, Scheduler
 from trtllm_workers.engines.sim.step import Limits, Step
 from trtllm_workers.engines.sim.stream import Phase, Purpose, Stream
 from trtllm_workers.engines.sim.tokens import Vocabulary
@@ -163,28 +163,19 @@ class SimEngine:
         self._add(started, stream)
 
     def prefill(self, request: GenerateRequest, deliver: DeliverPrefilled) -> None:
-        def tell(chunk: TokenChunk, blocks: tuple[int, ...] = ()) -> None:
-            now = clock()
-            begun = now if stream.started_s is None else stream.started_s
-            deliver(
-                Prefilled(
-                    first=chunk,
-                    block_ids=blocks,
-                    num_tokens=stream.prompt_len if blocks else 0,
-                    queue_s=begun - asked_s,
-                    compute_s=now - begun,
-                )
-            )
-
-        def pinned(first: TokenChunk | None) -> None:
-            assert first is not None  # the prompt was computed here
-            tell(first, tuple(stream.blocks))
-
-        started, stream = self._accept(request, tell, Purpose.PREFILL)
-        clock = started.loop.time
-        asked_s = clock()
-        stream.on_held = pinned
+        started, stream = self._accept(request, _tell_nobody, Purpose.PREFILL)
+        stream.deliver, stream.on_held = _as_prefilled(stream, deliver, started.loop.time)
         self._add(started, stream)
+
+    def prefill_reserved(
+        self, request_id: str, num_filled_blocks: int, deliver: DeliverPrefilled
+    ) -> None:
+        started = self._started
+        if started is None or self._death or self._closed:
+            raise EngineError(f"request {request_id}: the sim engine {self._state()}")
+        stream = started.scheduler.prefill_reserved(request_id, num_filled_blocks)
+        stream.deliver, stream.on_held = _as_prefilled(stream, deliver, started.loop.time)
+        self._wake(started)
 
     def release(self, request_id: str) -> None:
         if self._started is not None:
@@ -353,6 +344,36 @@ class SimEngine:
         if self._death:
             return f"died ({self._death})"
         return "is closed" if self._closed else "has not started"
+
+
+def _as_prefilled(
+    stream: Stream, deliver: DeliverPrefilled, clock: Callable[[], float]
+) -> tuple[Deliver, OnHeld]:
+    """Return what a stream calls at its end and when it is pinned, so that ``deliver`` hears of both."""
+    asked_s = clock()
+
+    def tell(chunk: TokenChunk, blocks: tuple[int, ...] = ()) -> None:
+        now = clock()
+        begun = now if stream.started_s is None else stream.started_s
+        deliver(
+            Prefilled(
+                first=chunk,
+                block_ids=blocks,
+                num_tokens=stream.prompt_len if blocks else 0,
+                queue_s=begun - asked_s,
+                compute_s=now - begun,
+            )
+        )
+
+    def pinned(first: TokenChunk | None) -> None:
+        assert first is not None  # the prompt was computed here
+        tell(first, tuple(stream.blocks))
+
+    return tell, pinned
+
+
+def _tell_nobody(_chunk: TokenChunk) -> None:
+    """Drop what comes before anybody listens, which is nothing."""
 
 
 def _duration_s(cost: CostModel, step: Step, scheduler: Scheduler) -> float:

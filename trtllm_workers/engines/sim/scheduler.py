@@ -19,6 +19,7 @@ from trtllm_workers.engines.sim.step import Chunk, Limits, Step
 from trtllm_workers.engines.sim.stream import Phase, Purpose, Stream
 from trtllm_workers.types import EngineStats, FinishReason, TokenChunk
 
+OnHeld = Callable[[TokenChunk | None], None]
 OnDeliverError = Callable[[Stream, Exception], None]
 
 
@@ -92,6 +93,17 @@ class Scheduler:
         else:
             self._store(stream, stream.prompt_len)  # from now on its KV is there
             self._go_on(stream)
+        self._resumed.append(stream)
+        return stream
+
+    def prefill_reserved(self, request_id: str, num_filled: int) -> Stream:
+        """Let a reserved stream compute its prompt after its first ``num_filled`` blocks, to be pinned.
+
+        Raises EngineError as ``Handoffs.take_up_prefill`` does.
+        """
+        stream = self._handoffs.take_up_prefill(request_id, num_filled, self._limits.block_size)
+        self._count_prompt(stream)
+        self._store(stream, stream.num_computed)
         self._resumed.append(stream)
         return stream
 

@@ -53,7 +53,6 @@ class Stream:
     __slots__ = (
         "_continuation",
         "_eos_probability",
-        "_request",
         "_seed",
         "_vocabulary",
         "arrival",
@@ -70,6 +69,7 @@ class Stream:
         "phase",
         "prompt_len",
         "purpose",
+        "request",
         "request_id",
         "reuse",
         "root",
@@ -116,7 +116,7 @@ class Stream:
         self.reuse = reuse
         self.hashes = block_hashes(self.tokens, block_size, root) if reuse else []
         self.wrong_kv = b""
-        self._request = request
+        self.request = request
         self._vocabulary = vocabulary
         self._eos_probability = 0.0 if sampling.ignore_eos else eos_probability
         self._seed: int | None = None
@@ -153,7 +153,7 @@ class Stream:
 
     def _continue(self) -> Continuation:
         """Return what goes on from ``tokens`` as they are now."""
-        sampling = self._request.sampling
+        sampling = self.request.sampling
         return Continuation(
             self._vocabulary,
             self.tokens,

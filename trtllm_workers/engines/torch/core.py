@@ -158,6 +158,19 @@ class Core(Generic[Key]):
             for token in first.token_ids:
                 sequence.append(token)
 
+    def prefill_reserved(self, key: Key, num_filled_blocks: int, asked_s: float) -> None:
+        """Compute a reserved request's prompt after its first blocks, whose KV is there, and pin it.
+
+        Of a request that is not reserved (any more) does nothing.
+        """
+        sequence = self._sequences.get(key)
+        if sequence is None or sequence not in self.scheduler.reserved:
+            return
+        self._is_stuck = False
+        self._held_by = None
+        self._times[sequence.arrival] = _Times(asked_s)
+        self.scheduler.prefill_reserved(sequence, num_filled_blocks)
+
     def holdings(self) -> dict[str, int]:
         """Return how many blocks each request holds, by request id."""
         return {

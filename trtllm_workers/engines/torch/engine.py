@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import msgspec
 
-from trtllm_workers.engines.acceptance import check_request
+from trtllm_workers.engines.acceptance import check_filled, check_request
 from trtllm_workers.engines.base import (
     Deliver,
     DeliverPrefilled,
@@ -18,7 +19,7 @@ from trtllm_workers.engines.base import (
 from trtllm_workers.engines.event_log import KvEventLog
 from trtllm_workers.engines.torch.accept import check_first
 from trtllm_workers.engines.torch.core import Result
-from trtllm_workers.engines.torch.orders import Abort, Add, Release, Resume
+from trtllm_workers.engines.torch.orders import Abort, Add, PrefillReserved, Release, Resume
 from trtllm_workers.engines.torch.runner import Outcome, Runner, Started
 from trtllm_workers.engines.torch.sequence import Purpose
 from trtllm_workers.engines.torch.streams import HELD, Phase, Stream, reason_of
@@ -111,11 +112,7 @@ class TorchEngine:
         self, request_id: str, first: TokenChunk | None, deliver: Deliver, opaque: bytes = b""
     ) -> None:
         runner, info, loop = self._alive(request_id)
-        stream = self._streams.get(request_id)
-        if stream is None or stream.phase is not Phase.RESERVED:
-            raise EngineError(
-                f"request {request_id}: holds no reservation here (any more); reserve it again"
-            )
+        stream = self._reserved(request_id)
         if first is not None:
             check_first(stream.request, first, info)
         stream.deliver = deliver
@@ -124,6 +121,16 @@ class TorchEngine:
         if first is not None:
             # Not through the thread: the first token need not wait for the step at hand.
             loop.call_soon(self._deliver, stream, first)
+
+    def prefill_reserved(
+        self, request_id: str, num_filled_blocks: int, deliver: DeliverPrefilled
+    ) -> None:
+        runner, info, _loop = self._alive(request_id)
+        stream = self._reserved(request_id)
+        check_filled(stream.request, num_filled_blocks, info.block_size)
+        stream.deliver = deliver
+        stream.phase = Phase.PREFILLING
+        runner.order(PrefillReserved(stream, num_filled_blocks, time.monotonic()))
 
     def abort(self, request_id: str) -> None:
         stream = self._streams.get(request_id)
@@ -198,6 +205,14 @@ class TorchEngine:
             state = "is closed" if self._closed else "has not started"
             raise EngineDead(f"request {request_id}: the torch engine {state}")
         return self._runner, self._info, self._loop
+
+    def _reserved(self, request_id: str) -> Stream:
+        stream = self._streams.get(request_id)
+        if stream is None or stream.phase is not Phase.RESERVED:
+            raise EngineError(
+                f"request {request_id}: holds no reservation here (any more); reserve it again"
+            )
+        return stream
 
     def _accept(
         self, request: GenerateRequest, deliver: Callable[[Any], None], purpose: Purpose

@@ -42,7 +42,16 @@ class Resume(Generic[Key]):
     first: TokenChunk | None
 
 
-Order = Add[Key] | Abort[Key] | Release[Key] | Resume[Key]
+@dataclass(frozen=True, slots=True)
+class PrefillReserved(Generic[Key]):
+    """Compute a reserved request's prompt; see ``Core.prefill_reserved``."""
+
+    key: Key
+    num_filled_blocks: int
+    asked_s: float
+
+
+Order = Add[Key] | Abort[Key] | Release[Key] | Resume[Key] | PrefillReserved[Key]
 
 
 def carry_out(core: Core[Key], order: Order[Key]) -> TokenChunk | None:
@@ -53,6 +62,8 @@ def carry_out(core: Core[Key], order: Order[Key]) -> TokenChunk | None:
         return core.abort(order.key)
     elif isinstance(order, Release):
         core.release(order.key)
+    elif isinstance(order, PrefillReserved):
+        core.prefill_reserved(order.key, order.num_filled_blocks, order.asked_s)
     else:
         core.resume(order.key, order.first)
     return None

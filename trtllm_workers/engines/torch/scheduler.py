@@ -21,7 +21,7 @@ so it counts towards ``max_running``. Neither is computed, preempted or waited f
 blocks; when nothing else can run, only an order from outside changes that::
 
     waiting ──▶ running ──▶ ended            running ──pin──▶ pinned ──▶ ended
-        └─────▶ reserved ──resume──▶ running
+        └─────▶ reserved ──resume, prefill_reserved──▶ running
 """
 
 from __future__ import annotations
@@ -99,6 +99,17 @@ class Scheduler:
         sequence.purpose = Purpose.GENERATE
         if filled:
             self._advance(sequence, sequence.num_prompt - sequence.num_computed)
+        bisect.insort(self.running, sequence, key=lambda running: running.arrival)
+
+    def prefill_reserved(self, sequence: Sequence, num_filled: int) -> None:
+        """Run a reserved sequence up to its first token; its first ``num_filled`` blocks hold their KV."""
+        self.reserved.remove(sequence)
+        sequence.purpose = Purpose.PREFILL
+        brought = num_filled * self.limits.block_size - sequence.num_computed
+        if brought > 0:
+            self._advance(sequence, brought)
+            sequence.cached_tokens = sequence.num_computed
+            self.cached_prompt_tokens += brought
         bisect.insort(self.running, sequence, key=lambda running: running.arrival)
 
     def plan(self) -> Step:

@@ -5,6 +5,7 @@
     submit ───────────────────────────────▶ STREAMING ──last chunk──▶ ended
     prefill ─▶ PREFILLING ──delivered─▶ PINNED ──release, abort──▶ ended
     reserve ─▶ RESERVING ──delivered─▶ RESERVED ──resume──▶ STREAMING
+                                          ├──prefill_reserved──▶ PREFILLING
                                           └──abort──▶ ended
 
 Nobody waits for word of a PINNED or RESERVED request, so its end is told to nobody.

@@ -29,7 +29,7 @@ from trtllm_workers.engines.trtllm.settings import (
     transfer_timeout_s,
 )
 from trtllm_workers.engines.trtllm.streams import Streams
-from trtllm_workers.errors import ConfigError, EngineDead, LaunchError
+from trtllm_workers.errors import ConfigError, EngineDead, EngineError, LaunchError
 from trtllm_workers.lint.engine_config import nested
 from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.types import (
@@ -191,6 +191,13 @@ class TrtllmEngine:
 
     def prefill(self, request: GenerateRequest, deliver: DeliverPrefilled) -> None:
         self._alive(request.request_id).prefill(request, deliver)
+
+    def prefill_reserved(
+        self, request_id: str, num_filled_blocks: int, deliver: DeliverPrefilled
+    ) -> None:
+        raise EngineError(
+            f"request {request_id}: TensorRT-LLM moves its own KV; nobody can bring it blocks"
+        )
 
     def release(self, request_id: str) -> None:
         if self._streams is not None:

@@ -42,11 +42,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A key's value, and the revision that wrote it."""
+    """A key and its value."""
 
     key: str
     value: bytes
-    revision: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +117,11 @@ class EtcdClient:
 
     # Keys
 
-    async def list(self, prefix: str) -> tuple[list[Kept], int]:
+    async def read_all(self, prefix: str) -> tuple[list[Kept], int]:
         """Return all keys with a prefix, and the revision at which that was so."""
         request = self._rpc.RangeRequest(key=prefix.encode(), range_end=_after(prefix))
         answer = await self._call("KV", "Range", request)
-        kept = [
-            Kept(kv.key.decode(errors="replace"), kv.value, kv.mod_revision) for kv in answer.kvs
-        ]
+        kept = [Kept(kv.key.decode(errors="replace"), kv.value) for kv in answer.kvs]
         return kept, answer.header.revision
 
     async def get(self, key: str) -> bytes | None:
@@ -305,9 +302,10 @@ class EtcdClient:
     @contextlib.asynccontextmanager
     async def _mapped(self, session: _Session) -> AsyncIterator[None]:
         """Turn what gRPC raises into our errors; leave a member that does not answer."""
+        aio = self._grpc.aio
         try:
             yield
-        except self._grpc.aio.AioRpcError as error:
+        except aio.AioRpcError as error:
             problem = etcd_errors.explain(
                 session.endpoint, error, user=self._user, timeout_s=self.call_timeout_s
             )
@@ -317,15 +315,14 @@ class EtcdClient:
         except EtcdAway:
             await self._leave(session)
             raise
-        except (
-            asyncio.CancelledError,
-            self._grpc.aio.UsageError,
-            asyncio.InvalidStateError,
-        ) as error:
-            # A channel that another call has closed cancels its calls, and this task with them.
+        except asyncio.CancelledError:
             task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            if task is None or task.cancelling():
                 raise
+            # Nobody cancelled this task: another call has closed the channel, and its calls with it.
+            raise EtcdAway(session.endpoint, "the connection was given up") from None
+        except (aio.UsageError, aio.InternalError, asyncio.InvalidStateError) as error:
+            await self._leave(session)
             raise EtcdAway(session.endpoint, "the connection was given up") from error
 
     async def _leave(self, session: _Session) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,6 @@ from trtllm_workers.cli.options import (
 from trtllm_workers.cli.part import ADVERTISE_HOST, STATUS_FILE
 from trtllm_workers.config.options import Option
 from trtllm_workers.deploy.names import WORKER_OPTIONS
-
-# Listening on these reaches everybody, but nobody can connect to them.
-_EVERY_ADDRESS = ("0.0.0.0", "::")
 
 if TYPE_CHECKING:
     from trtllm_workers.config.settings import Settings
@@ -106,8 +102,10 @@ def command(**values: Any) -> int:
         begin_logs,
         discovery_of,
         launcher_teller,
+        meeting_points,
         own_value,
         run_loop,
+        secret_of,
     )
     from trtllm_workers.cli.world import follow, rank_in_world
     from trtllm_workers.config.env import (
@@ -116,6 +114,7 @@ def command(**values: Any) -> int:
         calm_openmp,
         mpi_rank,
     )
+    from trtllm_workers.config.outside import etcd_login, tls_files
     from trtllm_workers.deploy.prepare import prepare_worker
     from trtllm_workers.observe.status import StatusFile
     from trtllm_workers.types import Role
@@ -143,7 +142,7 @@ def command(**values: Any) -> int:
     begin_logs(worker_id, settings)
 
     # These take a moment to load; everything that could be wrong was found before.
-    from trtllm_workers.planes.discovery import cluster_secret, discovery_root
+    from trtllm_workers.planes.advertise import advertised_host
     from trtllm_workers.worker.serve import WorkerSettings, serve_worker
 
     run_loop(
@@ -155,12 +154,18 @@ def command(**values: Any) -> int:
                 engine=settings.engine,
                 engine_config=engine_config,
                 discovery=discovery,
-                secret=cluster_secret(discovery_root(discovery), settings.cluster_secret),
+                secret=secret_of(settings),
+                namespace=settings.namespace,
+                etcd=etcd_login(settings),
+                plane_tls=tls_files(settings, "plane"),
                 role=Role(role),
                 host=host,
                 port=port,
-                advertise_host=own_value(ADVERTISE_HOST, values["advertise_host"])
-                or (socket.gethostname() if host in _EVERY_ADDRESS else None),
+                advertise_host=advertised_host(
+                    host,
+                    own_value(ADVERTISE_HOST, values["advertise_host"]),
+                    meeting_points(settings),
+                ),
                 status_file=status_file,
                 drain_timeout_s=settings.drain_timeout_s,
                 kv_transport=settings.kv_transport,

@@ -7,11 +7,12 @@ A key's value is what a file of discovery in a folder holds (``record_codec.py``
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 from trtllm_workers.config.outside import EtcdLogin, EtcdUrl
 from trtllm_workers.errors import ConfigError
-from trtllm_workers.planes.etcd_client import EtcdClient
+from trtllm_workers.planes.etcd_client import EtcdClient, Event
 from trtllm_workers.planes.etcd_errors import Compacted, EtcdError
 from trtllm_workers.planes.etcd_lease import BEATS_PER_TTL, EtcdLease, Trouble, retry_pause_s
 from trtllm_workers.planes.etcd_view import EtcdView
@@ -55,7 +56,6 @@ class EtcdDiscovery:
         self._follow_task: asyncio.Task[None] | None = None
         self._records: tuple[WorkerRecord, ...] = ()
         self._version = 0
-        self._failure: ConfigError | None = None
         self._changed = asyncio.Event()
         self._closed = False
 
@@ -72,17 +72,19 @@ class EtcdDiscovery:
 
     async def watch(self) -> AsyncIterator[tuple[WorkerRecord, ...]]:
         """Yield the live records. Raises ConfigError when etcd was never reached."""
-        if self._follow_task is None and not self._closed:
-            self._failure = None
-            self._follow_task = asyncio.create_task(self._follow(), name=f"follow {self._prefix}")
+        task = self._follow_task
+        if (task is None or task.done()) and not self._closed:
+            task = asyncio.create_task(self._follow(), name=f"follow {self._prefix}")
+            task.add_done_callback(self._follow_ended)
+            self._follow_task = task
         seen_version = 0
         while not self._closed:
             changed = self._changed
             if self._version != seen_version:
                 seen_version = self._version
                 yield self._records
-            elif self._failure is not None:
-                raise ConfigError(str(self._failure), param=self._failure.param)
+            elif task is not None and task.done():
+                task.result()  # raises why
             else:
                 # No deadline: nothing may change for days. close() ends it.
                 await changed.wait()
@@ -97,21 +99,19 @@ class EtcdDiscovery:
         await self._client.close()
 
     async def _follow(self) -> None:
-        try:
-            await self._client.insist(self._list, self._connect_timeout_s)
-        except ConfigError as error:
-            self._failure, self._follow_task = error, None  # the next watch tries anew
-            self._tell_watchers()
-            return
+        await self._client.insist(self._list, self._connect_timeout_s)
         while True:
             try:
                 await self._follow_one_stream()
-            except* Compacted:
-                continue
-            except* EtcdError as errors:
+            except EtcdError as error:
                 self._view.lost_sight()
-                self._trouble.begins(self, errors.exceptions[0])  # type: ignore[arg-type]  # flat
+                self._trouble.begins(self, error)
             await asyncio.sleep(retry_pause_s(self._ttl_s))
+
+    def _follow_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            task.exception()  # watch() raises it to whoever waits
+        self._tell_watchers()
 
     async def _list(self) -> tuple[int, int]:
         """Read the whole set; return from which revision to follow, and from which if that is gone."""
@@ -121,19 +121,17 @@ class EtcdDiscovery:
         return wanted, revision + 1
 
     async def _follow_one_stream(self) -> None:
-        """List and follow until something goes wrong, which is raised as a group."""
+        """List and follow until something goes wrong."""
         wanted, listed = await self._list()
         self._trouble.is_over(self)
         try:
             await self._follow_from(wanted)
-        except* Compacted:
+        except Compacted:
             await self._follow_from(listed)
 
     async def _follow_from(self, revision: int) -> None:
         async with self._client.watch(self._prefix, revision) as batches:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._read(batches))
-                group.create_task(self._look_after())
+            await _until_one_fails(self._read(batches), self._look_after())
 
     async def _read(self, batches: AsyncIterator[list[Event]]) -> None:
         async for events in batches:
@@ -168,6 +166,19 @@ class EtcdDiscovery:
     def _tell_watchers(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+async def _until_one_fails(*works: Coroutine[Any, Any, None]) -> None:
+    """Run until the first one raises, end the others and raise that. Not a group: one error."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        failed = [task for task in tasks if task.done()]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    failed[0].result()
 
 
 def _now_s() -> float:

@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from trtllm_workers.config.keys import EngineConfig
+from trtllm_workers.config.outside import EtcdLogin, TlsFiles
 from trtllm_workers.engines.base import Engine, EngineOptions
 from trtllm_workers.engines.registry import build_engine
 from trtllm_workers.errors import EngineDead, LaunchError
@@ -47,7 +48,8 @@ FLUSH_TIMEOUT_S = 2.0
 class WorkerSettings:
     """Everything ``serve_worker`` needs.
 
-    * ``discovery``: a discovery URL; ``secret``: the cluster secret.
+    * ``discovery``: a discovery URL, with ``namespace`` the deployment under it and ``etcd`` the login
+      where it is etcd; ``secret``: the cluster secret. ``plane_tls``: encrypt the request plane.
     * ``host``, ``port``: where ingresses reach the request plane (0: a free port);
       ``advertise_host`` is the name they use for it (default: the same).
     * ``drain_timeout_s``: on SIGTERM running streams get this long, then they are aborted.
@@ -83,6 +85,9 @@ class WorkerSettings:
     handoff_max_timeout_s: float = 120.0
     stall_timeout_s: float = 120.0
     tells_launcher_to_stop: Callable[[], bool] | None = None
+    namespace: str = "default"
+    etcd: EtcdLogin = EtcdLogin()
+    plane_tls: TlsFiles = TlsFiles()
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -122,6 +127,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
         host=settings.host,
         port=settings.port,
         advertise_host=settings.advertise_host,
+        tls=settings.plane_tls,
     )
     discovery: Discovery | None = None
     transports: tuple[KvTransport, ...] = ()
@@ -155,7 +161,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
         service.attach(
             mesh, info, transports, max_local_prefill_length=settings.max_local_prefill_length
         )
-        discovery = open_discovery(settings.discovery)
+        discovery = open_discovery(settings.discovery, settings.namespace, settings.etcd)
         record = WorkerRecord(
             worker_id=settings.worker_id,
             model=settings.served_model_name,

@@ -48,6 +48,7 @@ class NotedOwner:
     """Implements Owner."""
 
     secret = b"secret"
+    tls = None
     max_buffered_bytes = 1_000_000
     address = ME
 

@@ -83,8 +83,8 @@ class IngressSettings:
     router: RouterSettings = field(default_factory=RouterSettings)
     migration_limit: int = 3
     namespace: str = "default"
-    etcd: EtcdLogin = EtcdLogin()
-    plane_tls: TlsFiles = TlsFiles()
+    etcd: EtcdLogin = field(default_factory=EtcdLogin)
+    plane_tls: TlsFiles = field(default_factory=TlsFiles)
     access_log: bool = False
     tells_launcher_to_stop: Callable[[], bool] | None = None
     on_listening: Callable[[str, int], None] = _ignore_listening

@@ -12,9 +12,7 @@ from trtllm_workers.planes.record_keys import secret_key
 _SECRET_BYTES = 32
 
 
-async def secret_on_etcd(
-    url: EtcdUrl, namespace: str, login: EtcdLogin, timeout_s: float
-) -> bytes:
+async def secret_on_etcd(url: EtcdUrl, namespace: str, login: EtcdLogin, timeout_s: float) -> bytes:
     """Return the secret that etcd keeps for a namespace; make it in one transaction if there is none.
 
     Raises ConfigError when etcd cannot be used within ``timeout_s``, or the key holds no secret.

@@ -86,8 +86,8 @@ class WorkerSettings:
     stall_timeout_s: float = 120.0
     tells_launcher_to_stop: Callable[[], bool] | None = None
     namespace: str = "default"
-    etcd: EtcdLogin = EtcdLogin()
-    plane_tls: TlsFiles = TlsFiles()
+    etcd: EtcdLogin = field(default_factory=EtcdLogin)
+    plane_tls: TlsFiles = field(default_factory=TlsFiles)
     extra: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
+from trtllm_workers.config.env import calm_grpc
 from trtllm_workers.config.outside import EtcdLogin, EtcdUrl, TlsFiles
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.planes import etcd_errors
@@ -64,6 +65,7 @@ class _Session:
     endpoint: str
     channel: Any
     token: tuple[tuple[str, str], ...] | None = None
+    answered: bool = False
     logged_in: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -305,9 +307,14 @@ class EtcdClient:
         aio = self._grpc.aio
         try:
             yield
+            session.answered = True
         except aio.AioRpcError as error:
             problem = etcd_errors.explain(
-                session.endpoint, error, user=self._user, timeout_s=self.call_timeout_s
+                session.endpoint,
+                error,
+                user=self._user,
+                timeout_s=self.call_timeout_s,
+                answered=session.answered,
             )
             if isinstance(problem, EtcdAway):
                 await self._leave(session)
@@ -334,6 +341,7 @@ class EtcdClient:
 
 
 def _packages() -> tuple[Any, Any]:
+    calm_grpc()
     try:
         return importlib.import_module("grpc"), importlib.import_module("aetcd.rpc")
     except (ImportError, TypeError, AttributeError) as error:  # a protobuf that does not fit

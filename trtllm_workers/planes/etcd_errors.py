@@ -45,8 +45,13 @@ _NO_LEASE = ("requested lease not found",)
 NOT_ENABLED = "authentication is not enabled"
 
 
-def explain(endpoint: str, error: Any, *, user: str | None, timeout_s: float) -> EtcdError:
-    """Return the error that a failed call (``grpc.aio.AioRpcError``) stands for."""
+def explain(
+    endpoint: str, error: Any, *, user: str | None, timeout_s: float, answered: bool
+) -> EtcdError:
+    """Return the error that a failed call (``grpc.aio.AioRpcError``) stands for.
+
+    ``answered``: that member has answered before, so that its address and TLS are right.
+    """
     code = error.code().name
     details = str(error.details() or code).removeprefix("etcdserver: ")
     if details.startswith(_NO_TOKEN) or code == "UNAUTHENTICATED":
@@ -63,7 +68,7 @@ def explain(endpoint: str, error: Any, *, user: str | None, timeout_s: float) ->
         return LeaseGone(details)
     if code == "DEADLINE_EXCEEDED":
         return EtcdAway(endpoint, f"no answer within {timeout_s:g} s")
-    return EtcdAway(endpoint, _cause(details))
+    return EtcdAway(endpoint, details if answered else _cause(details))
 
 
 def refused_permission(user: str | None) -> EtcdRefused:
@@ -83,7 +88,7 @@ def _cause(details: str) -> str:
         return f"unknown host ({details})"
     if "handshake read failed" in low:
         return f"TLS failed: it answers without TLS; write etcd:// or http:// ({details})"
-    if "certificate" in low or "ssl" in low or "tls" in low or "handshak" in low:
+    if any(word in low for word in ("certificate", "ssl", "tls", "tsi_", "handshak")):
         return (
             "TLS failed: check --etcd-cacert, --etcd-cert and --etcd-key, and that its certificate "
             f"is for the name or address given here ({details})"

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.certificates import Authority, authority
 from tests.contract.engines import KINDS, EngineKind
 from tests.contract.harness import Harness
 from tests.contract.transports import KINDS as TRANSPORT_KINDS
 from tests.contract.transports import Kind, Stage
 from tests.fakes.stand_in import tensorrt_llm_stand_in
+from trtllm_workers.config.outside import TlsFiles
 
 _EOS = [1]
 
@@ -62,3 +64,15 @@ async def stage(transport_kind: Kind, tmp_path: Path) -> AsyncIterator[Stage]:
     made = Stage(transport_kind, lambda: (tmp_path / os.urandom(8).hex()).open("w+b"))
     yield made
     await made.close()
+
+
+@pytest.fixture(scope="session")
+def cluster_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The authority that signs for all processes of a cluster."""
+    return authority(tmp_path_factory.mktemp("certificates") / "cluster")
+
+
+@pytest.fixture(scope="session")
+def plane_files(cluster_authority: Authority) -> TlsFiles:
+    """The files of a process whose request plane is encrypted."""
+    return cluster_authority.signs("process", alternative="DNS:no.name.of.any.host")

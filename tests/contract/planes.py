@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol, TypeVar, cast
 
 from tests.fakes.planes import MemoryHub, MemoryPlane
+from trtllm_workers.config.outside import TlsFiles
 from trtllm_workers.errors import PeerLost
 from trtllm_workers.planes.base import Discovery, OnLost, OnMessage, Peer, RequestPlane
 from trtllm_workers.planes.connection import Connection
@@ -128,8 +129,9 @@ class MemoryNet(_Endpoints):
 
 
 class TcpNet(_Endpoints):
-    def __init__(self, **settings: float) -> None:
+    def __init__(self, tls: TlsFiles | None = None, **settings: float) -> None:
         super().__init__()
+        self.tls = tls
         self._settings = settings
 
     async def endpoint(
@@ -143,6 +145,7 @@ class TcpNet(_Endpoints):
                 port=port,
                 on_message=on_message,
                 on_lost=on_lost,
+                tls=self.tls,
                 **self._settings,  # type: ignore[arg-type]  # ping times and buffer sizes
             )
         )
@@ -163,6 +166,7 @@ def _connections(endpoint: Endpoint) -> list[Connection]:
 
 
 NETS: dict[str, Callable[[], Net]] = {"memory": MemoryNet, "tcp": TcpNet}
+ENCRYPTED_NET = "tls"
 
 ENGINE = EngineInfo(
     engine="sim",

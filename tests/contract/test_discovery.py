@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import itertools
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Protocol, cast
 
 import msgspec
 import pytest
 
+from tests.contract.etcd import EtcdServer, etcd_server
 from tests.contract.planes import record, seen, soon, watching
 from tests.fakes.planes import MemoryDiscovery, MemoryLease
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.planes.base import Discovery, Lease
+from trtllm_workers.planes.discovery_etcd import EtcdDiscovery
 from trtllm_workers.planes.discovery_file import FileDiscovery
 from trtllm_workers.types import WorkerState
 
 TTL_S = 0.6
+ETCD_TTL_S = 1.0  # etcd counts in whole seconds
 POLL_S = 0.02
+_namespaces = itertools.count()
 
 
 class Deployment(Protocol):
@@ -66,12 +71,45 @@ class File:
             await soon(discovery.close())
 
 
-DEPLOYMENTS: dict[str, Callable[[Path], Deployment]] = {"memory": Memory, "file": File}
+class Etcd:
+    def __init__(self, server: EtcdServer, namespace: str) -> None:
+        self._server = server
+        self._namespace = namespace
+        self._made: list[EtcdDiscovery] = []
+
+    def discovery(self) -> Discovery:
+        made = EtcdDiscovery(self._server.url, self._namespace, ttl_s=ETCD_TTL_S)
+        self._made.append(made)
+        return made
+
+    async def let_die(self, lease: Lease) -> None:
+        task = lease._task  # type: ignore[attr-defined]  # what a kill would stop
+        task.cancel()
+        await asyncio.wait({task})
+
+    async def close(self) -> None:
+        for discovery in self._made:
+            await soon(discovery.close())
 
 
-@pytest.fixture(params=list(DEPLOYMENTS))
+KINDS = ["memory", "file", "etcd"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    with etcd_server(tmp_path_factory.mktemp("etcd")) as made:
+        yield made
+
+
+@pytest.fixture(params=KINDS)
 async def deployment(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Deployment]:
-    made = DEPLOYMENTS[request.param](tmp_path / "deployment")
+    made: Deployment
+    if request.param == "etcd":
+        # One server for all tests: a namespace for each.
+        made = Etcd(request.getfixturevalue("server"), f"test-{next(_namespaces)}")
+    else:
+        root = tmp_path / "deployment"
+        made = Memory(root) if request.param == "memory" else File(root)
     yield made
     await made.close()
 

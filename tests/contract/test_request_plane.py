@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.contract.planes import NETS, Endpoint, Net, soon
+from tests.contract.planes import ENCRYPTED_NET, NETS, Endpoint, Net, TcpNet, soon
 from trtllm_workers.errors import AuthenticationFailed, FrameError, PeerLost, StaleIncarnation
 from trtllm_workers.planes.base import Peer
 from trtllm_workers.planes.frames import MAX_FRAME_BYTES
@@ -15,9 +15,13 @@ from trtllm_workers.planes.messages import Drain, Ping, Submit
 from trtllm_workers.types import Address, GenerateRequest, SamplingParams
 
 
-@pytest.fixture(params=list(NETS))
+@pytest.fixture(params=[*NETS, ENCRYPTED_NET])
 async def net(request: pytest.FixtureRequest) -> AsyncIterator[Net]:
-    made = NETS[request.param]()
+    made: Net
+    if request.param == ENCRYPTED_NET:
+        made = TcpNet(request.getfixturevalue("plane_files"))
+    else:
+        made = NETS[request.param]()
     yield made
     await made.close()
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.contract.planes import record, soon, watching
+from trtllm_workers.config.outside import EtcdLogin
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.planes.discovery import (
     _make_secret,
@@ -45,7 +47,7 @@ def test_home_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BAD_URLS = {
-    "etcd://localhost:2379": "is not supported; write file:///path",
+    "etcd://a b": "is no address; write HOST:PORT",
     "http://example.org/": "is not supported; write file:///path",
     "//host/path": "is not supported; write file:///path",
     "file://relative/path": "file:///relative/path",
@@ -61,23 +63,69 @@ def test_url_that_is_not_understood_says_what_to_write(url: str, words: str) -> 
         open_discovery(url)
 
 
+@pytest.mark.parametrize("url", ["etcd://a:1,b:2", "etcds://a"])
+def test_etcd_url_opens_discovery_on_etcd(url: str) -> None:
+    pytest.importorskip("aetcd")
+    assert type(open_discovery(url)).__name__ == "EtcdDiscovery"
+
+
+def test_etcd_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aetcd.rpc", None)
+    with pytest.raises(ConfigError, match=r"pip install 'trtllm-launch\[etcd\]'"):
+        open_discovery("etcd://localhost:2379")
+
+
+def test_etcd_user_without_a_password_is_refused() -> None:
+    pytest.importorskip("aetcd")
+    with pytest.raises(ConfigError, match="ETCD_PASSWORD"):
+        open_discovery("etcd://localhost:2379", login=EtcdLogin("ann"))
+
+
+def test_discovery_in_a_folder_imports_nothing_of_etcd() -> None:
+    code = (
+        "import sys; from trtllm_workers.planes.discovery import *; open_discovery('/x');"
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('aetcd', 'grpc')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_default_namespace_is_the_folder_itself_and_others_lie_in_it(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}"
+    secrets = {name: cluster_secret(url, None, name) for name in ("default", "blue", "green")}
+    assert len(set(secrets.values())) == 3
+    assert (tmp_path / "secret").read_bytes().strip() == secrets["default"]
+    assert (tmp_path / "namespaces/blue/secret").read_bytes().strip() == secrets["blue"]
+
+
+async def test_namespaces_of_one_folder_do_not_see_each_other(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}"
+    blue, green, default = (open_discovery(url, name) for name in ("blue", "green", "default"))
+    mine = record("worker-0")
+    await blue.register(mine)
+    for discovery, records in ((blue, (mine,)), (green, ()), (default, ())):
+        async with watching(discovery) as watch:
+            assert await soon(anext(watch)) == records
+        await soon(discovery.close())
+
+
 def test_given_secret_is_taken(tmp_path: Path) -> None:
-    assert cluster_secret(tmp_path / "none", "tell nobody") == b"tell nobody"
+    assert cluster_secret(str(tmp_path / "none"), "tell nobody") == b"tell nobody"
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("given", ["", "  \n"])
 def test_empty_secret_is_refused(tmp_path: Path, given: str) -> None:
     with pytest.raises(ConfigError, match="empty"):
-        cluster_secret(tmp_path, given)
+        cluster_secret(str(tmp_path), given)
 
 
 def test_secret_is_made_once_and_for_the_owner_alone(tmp_path: Path) -> None:
     root = tmp_path / "new" / "folder"
-    first = cluster_secret(root, None)
+    first = cluster_secret(str(root), None)
     assert len(first) == 64
-    assert cluster_secret(root, None) == first
-    assert cluster_secret(tmp_path / "other", None) != first
+    assert cluster_secret(str(root), None) == first
+    assert cluster_secret(str(tmp_path / "other"), None) != first
     assert stat.S_IMODE((root / "secret").stat().st_mode) == 0o600
     assert stat.S_IMODE(root.stat().st_mode) == 0o700
     assert os.listdir(root) == ["secret"]
@@ -85,10 +133,10 @@ def test_secret_is_made_once_and_for_the_owner_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
 def test_secret_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
-    cluster_secret(tmp_path, None)
+    cluster_secret(str(tmp_path), None)
     (tmp_path / "secret").chmod(mode)
     with pytest.raises(ConfigError, match=rf"open to others \(mode {mode:o}\).*rm '"):
-        cluster_secret(tmp_path, None)
+        cluster_secret(str(tmp_path), None)
 
 
 @pytest.mark.parametrize("content", [b"", b"short\n", b" " * 100])
@@ -96,28 +144,27 @@ def test_file_without_a_secret_is_refused(tmp_path: Path, content: bytes) -> Non
     (tmp_path / "secret").write_bytes(content)
     (tmp_path / "secret").chmod(0o600)
     with pytest.raises(ConfigError, match="holds no cluster secret"):
-        cluster_secret(tmp_path, None)
+        cluster_secret(str(tmp_path), None)
 
 
 def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ConfigError, match=r"cannot keep the cluster secret in .*/file/secret"):
-        cluster_secret(tmp_path / "file", None)
+        cluster_secret(str(tmp_path / "file"), None)
 
 
 def test_secret_that_another_process_made_meanwhile_is_kept(tmp_path: Path) -> None:
-    first = cluster_secret(tmp_path, None)
+    first = cluster_secret(str(tmp_path), None)
     _make_secret(tmp_path / "secret")  # this one had found no file a moment ago
-    assert cluster_secret(tmp_path, None) == first
+    assert cluster_secret(str(tmp_path), None) == first
     assert os.listdir(tmp_path) == ["secret"]
 
 
 RACE = """
 import sys
-from pathlib import Path
 from trtllm_workers.planes.discovery import cluster_secret
 sys.stdin.read()
-print(cluster_secret(Path(sys.argv[1]), None).decode())
+print(cluster_secret(sys.argv[1], None).decode())
 """
 
 

@@ -11,8 +11,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.contract.planes import record
-from trtllm_workers.planes import record_files
-from trtllm_workers.planes.record_files import FORMAT, Owner, RecordFile, RecordFolder, this_process
+from trtllm_workers.planes import record_codec, record_files
+from trtllm_workers.planes.record_codec import FORMAT, Owner, RecordFile
+from trtllm_workers.planes.record_files import RecordFolder, this_process
 from trtllm_workers.types import WorkerRecord
 
 ELSEWHERE = Owner(host="node-7", machine="another boot", pid=1, started="1")
@@ -140,13 +141,13 @@ def test_files_that_did_not_change_are_not_parsed_again(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[bytes] = []
-    decode = record_files._decode
+    decode = record_codec.decode
 
     def note(text: bytes) -> RecordFile:
         parsed.append(text)
         return decode(text)
 
-    monkeypatch.setattr(record_files, "_decode", note)
+    monkeypatch.setattr(record_codec, "decode", note)
     path = folder.put(record("worker-0"))
     folder.look(after_s=3.0)
     assert len(parsed) == 1

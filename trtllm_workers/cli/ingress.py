@@ -51,10 +51,13 @@ def command(dry_run: bool, **values: Any) -> int:
         begin_logs,
         discovery_of,
         launcher_teller,
+        meeting_points,
         own_value,
         run_loop,
+        secret_of,
     )
     from trtllm_workers.config.env import environment
+    from trtllm_workers.config.outside import etcd_login, tls_files
     from trtllm_workers.config.settings import show_settings
     from trtllm_workers.deploy.prepare import prepare_settings
     from trtllm_workers.observe.status import StatusFile
@@ -75,7 +78,7 @@ def command(dry_run: bool, **values: Any) -> int:
     # These load for half a second; everything that could be wrong was found before.
     from trtllm_workers.ingress.serve import serve_ingress
     from trtllm_workers.ingress.settings import IngressSettings, RouterSettings
-    from trtllm_workers.planes.discovery import cluster_secret, discovery_root
+    from trtllm_workers.planes.advertise import advertised_host
     from trtllm_workers.router.policies import RouterMode
     from trtllm_workers.router.weights import Weights
     from trtllm_workers.types import Strategy
@@ -84,12 +87,19 @@ def command(dry_run: bool, **values: Any) -> int:
         serve_ingress(
             IngressSettings(
                 discovery=discovery,
-                secret=cluster_secret(discovery_root(discovery), settings.cluster_secret),
+                secret=secret_of(settings),
+                namespace=settings.namespace,
+                etcd=etcd_login(settings),
+                plane_tls=tls_files(settings, "plane"),
                 http_host=settings.http_host,
                 http_port=settings.http_port,
                 plane_host=plane_host,
                 plane_port=plane_port,
-                plane_advertise_host=own_value(ADVERTISE_HOST, values["advertise_host"]),
+                plane_advertise_host=advertised_host(
+                    plane_host,
+                    own_value(ADVERTISE_HOST, values["advertise_host"]),
+                    meeting_points(settings),
+                ),
                 strategy=Strategy(settings.strategy),
                 router=RouterSettings(
                     RouterMode(settings.router_mode),

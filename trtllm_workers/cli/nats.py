@@ -37,19 +37,18 @@ def command(**values: Any) -> int:
     """Run a NATS server for the prefill queue of one run."""
     import asyncio
 
-    from trtllm_workers.cli.part import begin_logs, discovery_of, own_value
+    from trtllm_workers.cli.part import begin_logs, own_value, secret_of
     from trtllm_workers.config.env import environment
     from trtllm_workers.deploy.nats import run_nats
     from trtllm_workers.deploy.prepare import prepare_settings
     from trtllm_workers.observe.status import StatusFile
-    from trtllm_workers.planes.discovery import cluster_secret, discovery_root
     from trtllm_workers.planes.queue import queue_token
 
     status = StatusFile(own_value(STATUS_FILE, values["status_file"]))
     status.report("starting")
     settings = prepare_settings(explicit(values), environment(), only=NATS_OPTIONS)
     begin_logs("nats", settings)
-    secret = cluster_secret(discovery_root(discovery_of(settings)), settings.cluster_secret)
+    secret = secret_of(settings)
     folder = own_value(FOLDER, values["folder"]).absolute()
     asyncio.run(run_nats(folder, queue_token(secret), status))
     return 0

@@ -32,10 +32,10 @@ ADVERTISE_HOST = Option(
     flag="--advertise-host",
     env=(),
     default=None,
-    default_text="the same as it listens on",
+    default_text="what it listens on, or this host's way to etcd",
     kind=str,
     metavar="HOST",
-    help="Name or address by which other hosts reach this process.",
+    help="Name, address or network interface by which other hosts reach this process.",
     group="planes",
 )
 
@@ -67,6 +67,31 @@ def discovery_of(settings: Settings) -> str:
             param="discovery",
         )
     return settings.discovery
+
+
+def secret_of(settings: Settings) -> bytes:
+    """Return the cluster secret that settings give, or that lies beside discovery. Blocks."""
+    from trtllm_workers.config.outside import etcd_login
+    from trtllm_workers.planes.discovery import cluster_secret
+
+    return cluster_secret(
+        discovery_of(settings), settings.cluster_secret, settings.namespace, etcd_login(settings)
+    )
+
+
+def meeting_points(settings: Settings) -> list[tuple[str, int]]:
+    """Return the servers that every process of a deployment must reach: etcd's and NATS's."""
+    from urllib.parse import urlsplit
+
+    from trtllm_workers.config.outside import parse_nats
+    from trtllm_workers.planes.discovery import etcd_url
+
+    etcd = etcd_url(discovery_of(settings))
+    points = [] if etcd is None else list(etcd.endpoints)
+    for url in parse_nats(settings.nats_server) if settings.nats_server else ():
+        parts = urlsplit(url)
+        points.append((parts.hostname or "", parts.port or 0))
+    return points
 
 
 def launcher_teller(environ: Mapping[str, str]) -> Callable[[], bool] | None:

@@ -71,26 +71,28 @@ def _stop_everywhere(values: dict[str, Any], *, now: bool) -> int:
     import asyncio
 
     from trtllm_workers.cli.common import explicit
-    from trtllm_workers.cli.part import discovery_of
+    from trtllm_workers.cli.part import discovery_of, secret_of
     from trtllm_workers.config.env import environment
+    from trtllm_workers.config.outside import etcd_login, tls_files
     from trtllm_workers.deploy.prepare import prepare_settings
     from trtllm_workers.deploy.stop_everywhere import Closed, ignore, stop_everywhere
     from trtllm_workers.errors import EngineDead
     from trtllm_workers.observe.logs import setup_logs
-    from trtllm_workers.planes.discovery import cluster_secret, discovery_root, open_discovery
+    from trtllm_workers.planes.discovery import open_discovery
     from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
 
     settings = prepare_settings(explicit(values), environment(), only=STOP_OPTIONS)
     setup_logs("stop", fmt="console", level="warning", path=None)
     url = discovery_of(settings)
-    secret = cluster_secret(discovery_root(url), settings.cluster_secret)
+    secret = secret_of(settings)
 
     async def close() -> Closed:
-        discovery = open_discovery(url)
+        discovery = open_discovery(url, settings.namespace, etcd_login(settings))
         mesh = TcpMesh(
             peer_id="stop",
             incarnation=new_incarnation(),
             secret=secret,
+            tls=tls_files(settings, "plane"),
             on_message=ignore,
             on_lost=lambda _peer, _error: None,
         )

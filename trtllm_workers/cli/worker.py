@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,6 @@ from trtllm_workers.cli.part import ADVERTISE_HOST, DRY_RUN_HELP, STATUS_FILE
 from trtllm_workers.config.options import Option
 from trtllm_workers.deploy.names import WORKER_OPTIONS
 from trtllm_workers.errors import ConfigError
-
-# Listening on these reaches everybody, but nobody can connect to them.
-_EVERY_ADDRESS = ("0.0.0.0", "::")
 
 if TYPE_CHECKING:
     from trtllm_workers.config.settings import Settings
@@ -154,8 +150,10 @@ def command(dry_run: bool, **values: Any) -> int:
         begin_logs,
         discovery_of,
         launcher_teller,
+        meeting_points,
         own_value,
         run_loop,
+        secret_of,
     )
     from trtllm_workers.cli.world import follow, rank_in_world
     from trtllm_workers.config.env import (
@@ -164,6 +162,7 @@ def command(dry_run: bool, **values: Any) -> int:
         calm_openmp,
         mpi_rank,
     )
+    from trtllm_workers.config.outside import etcd_login, tls_files
     from trtllm_workers.config.settings import show_settings
     from trtllm_workers.deploy.names import worker_options
     from trtllm_workers.deploy.prepare import prepare_worker
@@ -197,10 +196,10 @@ def command(dry_run: bool, **values: Any) -> int:
     begin_logs(worker_id, settings)
 
     # These take a moment to load; everything that could be wrong was found before.
-    from trtllm_workers.planes.discovery import cluster_secret, discovery_root
+    from trtllm_workers.planes.advertise import advertised_host
     from trtllm_workers.worker.serve import WorkerSettings, serve_worker
 
-    secret = cluster_secret(discovery_root(discovery), settings.cluster_secret)
+    secret = secret_of(settings)
     nats_status = own_value(NATS_STATUS_FILE, values["nats_status_file"])
     run_loop(
         serve_worker(
@@ -212,11 +211,17 @@ def command(dry_run: bool, **values: Any) -> int:
                 engine_config=engine_config,
                 discovery=discovery,
                 secret=secret,
+                namespace=settings.namespace,
+                etcd=etcd_login(settings),
+                plane_tls=tls_files(settings, "plane"),
                 role=Role(role),
                 host=host,
                 port=port,
-                advertise_host=own_value(ADVERTISE_HOST, values["advertise_host"])
-                or (socket.gethostname() if host in _EVERY_ADDRESS else None),
+                advertise_host=advertised_host(
+                    host,
+                    own_value(ADVERTISE_HOST, values["advertise_host"]),
+                    meeting_points(settings),
+                ),
                 status_file=status_file,
                 drain_timeout_s=settings.drain_timeout_s,
                 kv_transport=settings.kv_transport,

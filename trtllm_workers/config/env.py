@@ -128,6 +128,15 @@ def calm_openmp() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def calm_grpc() -> None:
+    """Keep gRPC from writing lines of its own to stderr; call before grpc is imported.
+
+    It writes some at every attempt to connect with TLS that fails; what went wrong comes as an error
+    as well. GRPC_VERBOSITY given by the user stays.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
 def prepare_ucx_of_nixl() -> None:
     """Let NIXL's UCX log to stderr, and choose its wires itself; call before each use of NIXL's UCX.
 

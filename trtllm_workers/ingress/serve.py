@@ -54,8 +54,9 @@ async def serve_ingress(settings: IngressSettings) -> None:
             host=settings.plane_host,
             port=settings.plane_port,
             advertise_host=settings.plane_advertise_host,
+            tls=settings.plane_tls,
         )
-        discovery = open_discovery(settings.discovery)
+        discovery = open_discovery(settings.discovery, settings.namespace, settings.etcd)
         try:
             await mesh.start()
             async with ingress.running(mesh, discovery) as app:

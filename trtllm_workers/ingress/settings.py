@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trtllm_workers.config.outside import EtcdLogin, TlsFiles
 from trtllm_workers.router.policies import RouterMode
 from trtllm_workers.router.router import Router
 from trtllm_workers.router.weights import Weights
@@ -37,7 +38,9 @@ class IngressSettings:
 
     * ``http_port`` and ``plane_port`` 0: the system chooses; ``on_listening(host, port)`` is told
       the real HTTP address once it accepts connections.
-    * ``discovery``: a discovery URL such as ``file:///tmp/x``; ``secret`` is the cluster secret.
+    * ``discovery``: a discovery URL such as ``file:///tmp/x``, with ``namespace`` the deployment under
+      it and ``etcd`` the login where it is etcd; ``secret`` is the cluster secret.
+    * ``plane_tls``: encrypt the request plane.
     * ``plane_host`` is where workers' token streams arrive, ``plane_advertise_host`` the name they
       use for it (default: the same).
     * ``model_path``: read tokenizer and chat template here instead of where the worker's record
@@ -79,6 +82,9 @@ class IngressSettings:
     strategy: Strategy = Strategy.DECODE_FIRST
     router: RouterSettings = field(default_factory=RouterSettings)
     migration_limit: int = 3
+    namespace: str = "default"
+    etcd: EtcdLogin = field(default_factory=EtcdLogin)
+    plane_tls: TlsFiles = field(default_factory=TlsFiles)
     access_log: bool = False
     tells_launcher_to_stop: Callable[[], bool] | None = None
     on_listening: Callable[[str, int], None] = _ignore_listening

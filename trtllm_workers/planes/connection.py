@@ -15,11 +15,12 @@ from typing import Final, Protocol, cast
 
 import structlog
 
-from trtllm_workers.errors import FrameError, PeerLost, PlaneError
+from trtllm_workers.errors import AuthenticationFailed, FrameError, PeerLost, PlaneError
 from trtllm_workers.planes.base import OnMessage
 from trtllm_workers.planes.frames import Decoder, encode
 from trtllm_workers.planes.handshake import Handshake, refusal
 from trtllm_workers.planes.messages import Message, Ping, Pong
+from trtllm_workers.planes.tls import NotEncrypted, PlaneTls, TlsPipe
 from trtllm_workers.types import Address
 
 HANDSHAKE_TIMEOUT_S: Final = 5.0
@@ -32,6 +33,7 @@ class Owner(Protocol):
     """What a connection needs of its mesh. ``made`` and ``ended`` come once each, in this order."""
 
     secret: bytes
+    tls: PlaneTls | None
     on_message: OnMessage
     max_buffered_bytes: int
 
@@ -56,6 +58,7 @@ class Connection(asyncio.Protocol):
         # Whoever dials may have given up; an error nobody waits for must not be reported as lost.
         self.open.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._transport: asyncio.Transport | None = None
+        self._tls: TlsPipe | None = None
         self._handshake: Handshake | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._address = dialed
@@ -105,6 +108,11 @@ class Connection(asyncio.Protocol):
     # The owner's side
 
     @property
+    def source(self) -> str:
+        """Return where an accepted connection came from."""
+        return self._from
+
+    @property
     def alive(self) -> bool:
         """Whether the handshake is done and the connection has not ended."""
         return self._is_open and self._error is None
@@ -149,6 +157,8 @@ class Connection(asyncio.Protocol):
         if self.dialed is None:
             self._from = str(transport.get_extra_info("peername"))
         owner = self._owner
+        if owner.tls is not None:
+            self._tls = owner.tls.pipe(owner.address, self.dialed)
         self._handshake = Handshake(owner.address, owner.secret, self.dialed, owner.youngest)
         self._deadline = self._loop.call_later(
             HANDSHAKE_TIMEOUT_S,
@@ -163,6 +173,10 @@ class Connection(asyncio.Protocol):
         if self._error is not None:
             return
         self.last_heard_s = self._loop.time()
+        if self._tls is not None:
+            data = self._decrypted(self._tls, data)
+            if not data:
+                return
         if self._handshake is not None:
             data = self._shake_hands(self._handshake, data)
         try:
@@ -208,6 +222,22 @@ class Connection(asyncio.Protocol):
 
     # Inside
 
+    def _decrypted(self, tls: TlsPipe, data: bytes) -> bytes:
+        """Return what an encrypted peer sent; nothing when that ended the connection."""
+        try:
+            plain = tls.receive(data)
+        except AuthenticationFailed as error:
+            if isinstance(error, NotEncrypted):
+                self._tls = None
+            if self._is_open:
+                self.lose(PeerLost(str(error)))
+            else:
+                self.refuse(error)
+            return b""
+        if answer := tls.outgoing():
+            self._put_on_wire(answer)
+        return plain
+
     def _shake_hands(self, handshake: Handshake, data: bytes) -> bytes:
         """Go on with the handshake; return what came behind it, once it is done."""
         try:
@@ -231,6 +261,8 @@ class Connection(asyncio.Protocol):
         who = str(self._address or self._from)
         if exc is not None:
             return f"the connection to {who} broke: {exc}"
+        if self._tls is not None and not self._is_open:
+            return f"{who} ended the TLS handshake; its log says why, if it is a process of ours"
         try:
             self._decoder.end()
         except FrameError as error:
@@ -245,6 +277,13 @@ class Connection(asyncio.Protocol):
             self._write(joined)
 
     def _write(self, written: bytes) -> None:
+        if self._tls is not None:
+            self._tls.send(written)
+            written = self._tls.outgoing()
+        if written:
+            self._put_on_wire(written)
+
+    def _put_on_wire(self, written: bytes) -> None:
         try:
             cast("asyncio.Transport", self._transport).write(written)
         except (RuntimeError, OSError) as error:

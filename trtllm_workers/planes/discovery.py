@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import stat
@@ -9,21 +10,40 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
+from trtllm_workers.config.outside import ETCD, ETCD_TLS, EtcdLogin, EtcdUrl, parse_etcd
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.planes.base import Discovery
 from trtllm_workers.planes.discovery_file import FileDiscovery
 
 SECRET_FILE: Final = "secret"
-_SECRET_BYTES = 32
-_SUPPORTED = "file:///path/to/folder (or just the path)"
+NAMESPACES_FOLDER: Final = "namespaces"
+DEFAULT_NAMESPACE: Final = "default"
+SECRET_BYTES: Final = 32
+_SUPPORTED = "file:///path/to/folder (or just the path) or etcd://host:2379"
 
 
-def open_discovery(url: str) -> Discovery:
+def open_discovery(
+    url: str,
+    namespace: str = DEFAULT_NAMESPACE,
+    login: EtcdLogin = EtcdLogin(),  # noqa: B008 - frozen
+) -> Discovery:
     """Return the discovery a URL names; nothing is touched until it is used.
 
-    Raises ConfigError for a scheme that is not supported, naming those that are.
+    Each namespace sees only itself. In a folder the one called default is the folder itself, the
+    others lie in it under ``namespaces/``. Raises ConfigError for a scheme that is not supported,
+    naming those that are, and where packages for it are missing.
     """
-    return FileDiscovery(discovery_root(url))
+    etcd = etcd_url(url)
+    if etcd is None:
+        return FileDiscovery(_folder(url, namespace))
+    from trtllm_workers.planes.discovery_etcd import EtcdDiscovery
+
+    return EtcdDiscovery(etcd, namespace, login)
+
+
+def etcd_url(url: str) -> EtcdUrl | None:
+    """Return what an ``etcd:`` or ``etcds:`` URL names; None for any other."""
+    return parse_etcd(url) if url.startswith((f"{ETCD}://", f"{ETCD_TLS}://")) else None
 
 
 def discovery_root(url: str) -> Path:
@@ -53,16 +73,42 @@ def discovery_root(url: str) -> Path:
     return Path(unquote(parts.path))
 
 
-def cluster_secret(root: Path, given: str | None) -> bytes:
-    """Return the given secret, or the one kept in ``<root>/secret``, which is made when missing.
+def _folder(url: str, namespace: str) -> Path:
+    root = discovery_root(url)
+    return root if namespace == DEFAULT_NAMESPACE else root / NAMESPACES_FOLDER / namespace
 
-    Processes that start at the same time end with the same secret. Raises ConfigError when the
-    file can be read by others, holds nothing useful, or cannot be written.
+
+def cluster_secret(
+    url: str,
+    given: str | None,
+    namespace: str = DEFAULT_NAMESPACE,
+    login: EtcdLogin = EtcdLogin(),  # noqa: B008 - frozen
+    timeout_s: float = 10.0,
+) -> bytes:
+    """Return the given secret, or the one kept beside discovery, which is made when missing.
+
+    Processes that start at the same time end with the same secret. In a folder it is the file
+    ``secret``, for its owner alone; ConfigError when others can read it, when it holds nothing useful
+    or cannot be written. On etcd it is the key ``/trtllm-launch/<namespace>/secret``: whoever may
+    read that key can join the deployment. That is everybody who reaches etcd, unless etcd asks for
+    a user, and everybody on the network between, unless it is reached by TLS. ConfigError when etcd
+    cannot be used within ``timeout_s``.
+
+    Blocks; call it outside an event loop.
     """
     if given is not None:
         if not given.strip():
             raise ConfigError("the cluster secret is empty; leave it out to have one made")
         return given.encode()
+    etcd = etcd_url(url)
+    if etcd is None:
+        return _secret_in_folder(_folder(url, namespace))
+    from trtllm_workers.planes.etcd_secret import secret_on_etcd
+
+    return asyncio.run(secret_on_etcd(etcd, namespace, login, timeout_s))
+
+
+def _secret_in_folder(root: Path) -> bytes:
     path = root / SECRET_FILE
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -87,7 +133,7 @@ def _read_secret(path: Path) -> bytes:
                 f"{stat.S_IMODE(status.st_mode):o}); make a new one: rm '{path}'"
             )
         secret = file.read().strip()
-    if len(secret) < _SECRET_BYTES:
+    if len(secret) < SECRET_BYTES:
         raise ConfigError(f"{path} holds no cluster secret; delete it and one is made: rm '{path}'")
     return secret
 
@@ -98,7 +144,7 @@ def _make_secret(path: Path) -> None:
     try:
         descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(_SECRET_BYTES) + "\n")
+            file.write(secrets.token_hex(SECRET_BYTES) + "\n")
         try:
             os.link(own, path)
         except FileExistsError:

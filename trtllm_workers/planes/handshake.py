@@ -14,7 +14,8 @@ ids, incarnations, addresses and two fresh nonces. So a proof fits one handshake
 neither a recording nor a reflection is of use. The connector proves first, so that a stranger who
 connects gets nothing made with the secret.
 
-It does not encrypt: whoever sits on the path can read what follows, or change it.
+It does not encrypt (``tls.py`` does, below it, where files for that are given): otherwise whoever
+sits on the path can read what follows, or change it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from trtllm_workers.errors import (
     StaleIncarnation,
 )
 from trtllm_workers.planes.frames import PROTOCOL_VERSION, pack, take_body
+from trtllm_workers.planes.tls import REMEDY, looks_like_tls
 from trtllm_workers.types import Address
 
 MAX_HANDSHAKE_BYTES: Final = 4096  # of one frame; a stranger cannot make us keep more
@@ -114,6 +116,10 @@ class Handshake:
         frame that tells the other side; when ``refused`` is true it is the one that hung up.
         """
         self._buffer += data
+        if self._theirs is None and looks_like_tls(self._buffer):
+            raise AuthenticationFailed(
+                f"the other side encrypts its request plane, but {self.me} does not; {REMEDY}"
+            )
         answer = b""
         while self.peer is None:
             body = take_body(self._buffer, MAX_HANDSHAKE_BYTES)

@@ -1,9 +1,9 @@
 """The request plane over TCP: every process listens, and connects to whom it needs. No broker.
 
-It authenticates every connection with the cluster secret (``handshake.py``), but it does not
-encrypt: on a network that others can listen to, prompts and answers are readable and connections
-can be tampered with. Listen on loopback or on a network of your own. It knows no message's meaning
-but Ping and Pong, which it answers itself.
+It authenticates every connection with the cluster secret (``handshake.py``). It encrypts where it
+is given certificates (``tls.py``); without them, on a network that others can listen to, prompts and
+answers are readable and connections can be tampered with: listen on loopback or on a network of your
+own. It knows no message's meaning but Ping and Pong, which it answers itself.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Final
 
 import structlog
 
+from trtllm_workers.config.outside import TlsFiles
 from trtllm_workers.errors import ConfigError, FrameError, PeerLost, PlaneError, StartError
 from trtllm_workers.planes.base import OnLost, OnMessage
 from trtllm_workers.planes.connection import Connection
+from trtllm_workers.planes.tls import PlaneTls
 from trtllm_workers.types import Address
 
 # Accepted connections that have not proven the secret. Beyond that many, one that is older than the
@@ -65,7 +67,9 @@ class TcpMesh:
       ``ping_interval_s``. A process whose own loop stood still does not hold that against others.
     * When both ends dial at once, two connections live; ``peer`` keeps naming the same one while it
       lasts.
-    * Not encrypted.
+    * ``tls``: mutual TLS on every connection, with certificates of the one authority given. Host
+      names are not checked: the authority and the cluster secret authenticate. Without files: plain.
+      A plain process and an encrypted one refuse each other with AuthenticationFailed on both sides.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class TcpMesh:
         ping_interval_s: float = 2.0,
         ping_deadline_s: float = 10.0,
         max_buffered_bytes: int = MAX_BUFFERED_BYTES,
+        tls: TlsFiles | None = None,
     ) -> None:
         if not secret:
             raise ConfigError("the cluster secret is empty; every connection needs one")
@@ -96,6 +101,7 @@ class TcpMesh:
                 "say which address to advertise"
             )
         self.secret = secret
+        self.tls = PlaneTls(tls) if tls else None
         self.on_message = on_message
         self.max_buffered_bytes = max_buffered_bytes
         self.youngest: dict[str, str] = {}
@@ -241,7 +247,7 @@ class TcpMesh:
             if connection.dialed is None and not self._closed:
                 # A port probe that hangs up is nobody's trouble; a wrong secret is.
                 level = logging.DEBUG if isinstance(error, PeerLost) else logging.WARNING
-                log.log(level, "connection refused", reason=str(error))
+                log.log(level, "connection refused", source=connection.source, reason=str(error))
             return
         address = connection.address
         key = (address.peer_id, address.incarnation)

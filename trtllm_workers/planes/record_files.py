@@ -24,45 +24,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 from urllib.parse import quote
 
-import msgspec
 import structlog
 
+from trtllm_workers.planes import record_codec
+from trtllm_workers.planes.record_codec import Owner, RecordFile, Unreadable
 from trtllm_workers.types import WorkerRecord
 
-FORMAT: Final = 1
 _SUFFIX = ".json"
 _REMOVE_AFTER_TTLS = 10
 
 log = structlog.get_logger(__name__)
-
-
-class Owner(msgspec.Struct, frozen=True, kw_only=True):
-    """Which process keeps a record alive. ``machine`` is "" where it cannot be told."""
-
-    host: str
-    machine: str
-    pid: int
-    started: str
-
-
-class RecordFile(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file holds."""
-
-    format: int
-    owner: Owner
-    record: WorkerRecord
-
-
-class _Format(msgspec.Struct):
-    format: int
-
-
-_encode = msgspec.json.Encoder().encode
-_decode_format = msgspec.json.Decoder(_Format).decode
-_decode = msgspec.json.Decoder(RecordFile).decode
 
 
 def file_name(worker_id: str, incarnation: str) -> str:
@@ -82,7 +55,7 @@ def write(folder: Path, record: WorkerRecord, owner: Owner) -> None:
     try:
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(_encode(RecordFile(format=FORMAT, owner=owner, record=record)))
+            file.write(record_codec.encode(record, owner))
         unfinished.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -227,12 +200,8 @@ class RecordFolder:
 
     def _parse(self, name: str, text: bytes) -> RecordFile | None:
         try:
-            found = _decode_format(text).format
-            if found != FORMAT:
-                self._skip(name, f"it has format {found}, this release reads format {FORMAT}")
-                return None
-            content = _decode(text)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            content = record_codec.decode(text)
+        except Unreadable as error:
             self._skip(name, str(error))
             return None
         record = content.record

@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from trtllm_workers.config.keys import EngineConfig
+from trtllm_workers.config.outside import EtcdLogin, TlsFiles
 from trtllm_workers.engines.base import Engine, EngineOptions
 from trtllm_workers.engines.registry import build_engine
 from trtllm_workers.errors import EngineDead, LaunchError
@@ -49,7 +50,8 @@ FLUSH_TIMEOUT_S = 2.0
 class WorkerSettings:
     """Everything ``serve_worker`` needs.
 
-    * ``discovery``: a discovery URL; ``secret``: the cluster secret.
+    * ``discovery``: a discovery URL, with ``namespace`` the deployment under it and ``etcd`` the login
+      where it is etcd; ``secret``: the cluster secret. ``plane_tls``: encrypt the request plane.
     * ``host``, ``port``: where ingresses reach the request plane (0: a free port);
       ``advertise_host`` is the name they use for it (default: the same).
     * ``drain_timeout_s``: on SIGTERM running streams get this long, then they are aborted.
@@ -87,6 +89,9 @@ class WorkerSettings:
     stall_timeout_s: float = 120.0
     prefill_queue: PrefillQueue | None = None
     tells_launcher_to_stop: Callable[[], bool] | None = None
+    namespace: str = "default"
+    etcd: EtcdLogin = field(default_factory=EtcdLogin)
+    plane_tls: TlsFiles = field(default_factory=TlsFiles)
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -126,6 +131,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
         host=settings.host,
         port=settings.port,
         advertise_host=settings.advertise_host,
+        tls=settings.plane_tls,
     )
     discovery: Discovery | None = None
     transports: tuple[KvTransport, ...] = ()
@@ -181,7 +187,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
                 transports,
                 prefill_timeout_s=settings.prefill_timeout_s,
             )
-        discovery = open_discovery(settings.discovery)
+        discovery = open_discovery(settings.discovery, settings.namespace, settings.etcd)
         record = WorkerRecord(
             worker_id=settings.worker_id,
             model=settings.served_model_name,

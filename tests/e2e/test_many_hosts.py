@@ -39,6 +39,8 @@ def walk(guide: Guide, steps: list[Step]) -> Iterator[tuple[Step, Process | None
             ready = '"status":"ready"'
             if step.command.endswith("/ready"):
                 yield step, None, guide.until(step, ready)
+            elif step.command.endswith("/metrics"):  # workers tell theirs once a second
+                yield step, None, guide.until(step, 'outcome="filled"')
             else:
                 yield step, None, guide.run(step)
             continue
@@ -76,7 +78,7 @@ def test_the_aggregated_rehearsal_goes_as_written(bench: Workbench, three: Netwo
     assert routes[0][1] == routes[1][1], "the second goes where the first one's prompt is"
     assert int(routes[0][2]) == 0
     assert int(routes[1][2]) >= 32
-    texts = [json.loads(one.partition("\r\n\r\n")[2])["choices"][0]["text"] for one in answers]
+    texts = [json.loads(one.partition("\n\n")[2])["choices"][0]["text"] for one in answers]
     assert texts[0] == texts[1]
     assert "ended ingress" in stopped
     assert "host2@10.99.0.2" in stopped
@@ -92,7 +94,7 @@ def test_the_disaggregated_rehearsal_goes_as_written(bench: Workbench, three: Ne
         if "/v1/completions" in step.command:
             assert json.loads(printed)["usage"]["completion_tokens"] == 8
         if step.command.endswith("/metrics"):
-            done = re.search(r"trtllm_launch_prefill_jobs_total{[^}]*} [1-9]", printed)
+            done = re.search(r'prefill_queue_jobs_total{[^}]*outcome="filled"[^}]*} [1-9]', printed)
             assert done, "a prompt went through the queue"
             assert "trtllm_launch_prefill_fallbacks_total{cause" not in printed, printed
     ended_well(parts)
@@ -104,9 +106,15 @@ def test_sixteen_workers_on_two_hosts_while_requests_flow(bench: Workbench, thre
     for step in before[: next(at for at, one in enumerate(before) if "curl" in one.command)]:
         list(walk(guide, [step]))
     steps = steps_of(README, TWO_HOSTS)
-    body = {"model": "demo", "prompt": "Prompts flow while workers join. " * 8, "max_tokens": 8}
+    body = {
+        "model": "demo",
+        "prompt": "Prompts flow while workers join. " * 8,
+        "max_tokens": 8,
+        "temperature": 0,
+    }
     ask = Step(
-        3, f"curl -s -m 30 http://host1:8000/v1/completions -d {json.dumps(json.dumps(body))}"
+        3,
+        f"curl -s -m 30 http://host1:8000/v1/completions -H 'content-type: application/json' -d {json.dumps(json.dumps(body))}",
     )
     for step, _, _ in walk(guide, [one for one in steps if " stop " not in one.command]):
         if step.command.endswith("/ready"):
@@ -114,6 +122,7 @@ def test_sixteen_workers_on_two_hosts_while_requests_flow(bench: Workbench, thre
             texts = set()
             for _ in range(20):
                 answer = json.loads(guide.run(Step(3, ask.command)))
+                assert "choices" in answer, answer
                 texts.add(answer["choices"][0]["text"])
             assert len(texts) == 1, "whoever made it, the answer is the same"
             count = 0

@@ -6,13 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, MutableMapping
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from tests.contract.etcd import Admin, EtcdServer, admin
+from tests.contract.etcd import Admin, EtcdServer, admin, etcd_cluster
 from tests.contract.etcd_watchers import TTL_S, Processes, Relay, following
 from tests.contract.planes import record, soon, watching
 from trtllm_workers.config.outside import EtcdLogin
@@ -140,6 +141,29 @@ async def test_close_while_etcd_stands_still_is_bounded(
     assert time.monotonic() - began_s < 4
     server.go_on()
     assert "it vanishes with its lease" in str(logs)
+
+
+async def test_cluster_that_loses_members_and_its_majority_costs_nobody(
+    tmp_path: Path, processes: Processes
+) -> None:
+    stays, newcomer = record("stays"), record("newcomer")
+    with etcd_cluster(tmp_path / "cluster", 3) as members:
+        urls = [member.url for member in members]
+        owner = processes.one(*urls)
+        await owner.register(stays)
+        async with following(processes.one(*urls), stays) as follower:
+            members[0].kill()  # the one that both are connected to
+            await follower.stays(stays)
+            await owner.register(newcomer)
+            await follower.until(newcomer, stays)
+            members[1].kill()  # the last one is alive, but may decide nothing
+            await follower.stays(newcomer, stays)
+            await asyncio.to_thread(members[0].start)
+            await follower.stays(newcomer, stays)
+            later = record("later")
+            await owner.register(later)
+            await follower.until(later, newcomer, stays)
+        await processes.close()
 
 
 # A watcher alone loses its connection

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from tests.contract.certificates import Authority, authority
 from tests.contract.engines import KINDS, EngineKind
+from tests.contract.etcd import Admin, EtcdServer, admin, etcd_server
+from tests.contract.etcd_watchers import Processes
 from tests.contract.harness import Harness
 from tests.contract.transports import KINDS as TRANSPORT_KINDS
 from tests.contract.transports import Kind, Stage
@@ -18,6 +21,7 @@ from tests.fakes.stand_in import tensorrt_llm_stand_in
 from trtllm_workers.config.outside import TlsFiles
 
 _EOS = [1]
+_namespaces = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +80,38 @@ def cluster_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def plane_files(cluster_authority: Authority) -> TlsFiles:
     """The files of a process whose request plane is encrypted."""
     return cluster_authority.signs("process", alternative="DNS:no.name.of.any.host")
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """An etcd that no test disturbs; each test has a namespace of its own."""
+    with etcd_server(tmp_path_factory.mktemp("etcd")) as made:
+        yield made
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EtcdServer]:
+    """An etcd of this test alone."""
+    with etcd_server(tmp_path / "etcd") as made:
+        yield made
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace of this test alone."""
+    return f"test-{next(_namespaces)}"
+
+
+@pytest.fixture
+async def processes() -> AsyncIterator[Processes]:
+    """Makes processes' views of discovery on etcd, and closes them."""
+    made = Processes()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def operator(shared_server: EtcdServer) -> AsyncIterator[Admin]:
+    """Who administers the shared etcd."""
+    async with admin(shared_server) as made:
+        yield made

@@ -29,15 +29,21 @@ def needs_etcd() -> None:
 
 
 class EtcdServer:
-    """One etcd process. ``tls``: serve with these files, and ask clients for a certificate of ``ca``."""
+    """One etcd process. ``tls``: serve with these files, and ask clients for a certificate of ``ca``.
 
-    def __init__(self, folder: Path, tls: TlsFiles | None = None) -> None:
+    ``members``: the servers of its cluster by name, itself among them, once they all have ports.
+    """
+
+    def __init__(self, folder: Path, tls: TlsFiles | None = None, name: str = "default") -> None:
         self.folder = folder
+        self.name = name
+        self.members: list[EtcdServer] = [self]
         self.scheme = "http" if tls is None else "https"
         self._tls = tls
         self.port = 0
-        self._peer_port = 0
+        self.peer_port = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_begin = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -48,8 +54,9 @@ class EtcdServer:
         """Start, or start again with the same ports and whatever is in the data folder."""
         for _ in range(_PORT_ATTEMPTS):
             if not self.port:
-                self.port, self._peer_port = free_ports(2)
-            if self._started():
+                self.port, self.peer_port = free_ports(2)
+            self.launch()
+            if self.is_ready():
                 return
             if (self.folder / "data").exists():
                 break  # its ports are known to others
@@ -79,16 +86,20 @@ class EtcdServer:
         """Delete the data of a server that does not run."""
         shutil.rmtree(self.folder / "data")
 
-    def _started(self) -> bool:
+    def launch(self) -> None:
+        """Start the process; ``is_ready`` waits until it serves, or cannot."""
         client = f"{self.scheme}://127.0.0.1:{self.port}"
-        peer = f"http://127.0.0.1:{self._peer_port}"
+        peer = f"http://127.0.0.1:{self.peer_port}"
         arguments = {
+            "name": self.name,
             "data-dir": str(self.folder / "data"),
             "listen-client-urls": client,
             "advertise-client-urls": client,
             "listen-peer-urls": peer,
             "initial-advertise-peer-urls": peer,
-            "initial-cluster": f"default={peer}",
+            "initial-cluster": ",".join(
+                f"{one.name}=http://127.0.0.1:{one.peer_port}" for one in self.members
+            ),
             # etcd grants no lease shorter than one and a half election timeouts.
             "heartbeat-interval": "20",
             "election-timeout": "200",
@@ -103,13 +114,17 @@ class EtcdServer:
         if self._tls is not None:
             command.append("--client-cert-auth")
         with (self.folder / "log").open("ab") as log:
-            begin = log.tell()
+            self._log_begin = log.tell()
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def is_ready(self) -> bool:
+        """Wait until the process serves; False when it does not, and then it has ended."""
+        assert self._process is not None
         deadline_s = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < deadline_s:
             if self._process.poll() is not None:
                 return False
-            if "ready to serve client requests" in self.log()[begin:]:
+            if "ready to serve client requests" in self.log()[self._log_begin :]:
                 return True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=0.02)  # etcd tells its readiness in its log only
@@ -136,6 +151,27 @@ def etcd_server(folder: Path, tls: TlsFiles | None = None) -> Iterator[EtcdServe
         yield server
     finally:
         server.kill()
+
+
+@contextlib.contextmanager
+def etcd_cluster(folder: Path, count: int) -> Iterator[list[EtcdServer]]:
+    """Run a cluster of several members, and end it however the test goes."""
+    needs_etcd()
+    for attempt in range(_PORT_ATTEMPTS):
+        members = [EtcdServer(folder / f"{attempt}-{i}", name=f"m{i}") for i in range(count)]
+        ports = iter(free_ports(2 * count))
+        for member in members:
+            member.members, member.port, member.peer_port = members, next(ports), next(ports)
+        try:
+            for member in members:
+                member.launch()
+            if all(member.is_ready() for member in members):
+                yield members
+                return
+        finally:
+            for member in members:
+                member.kill()
+    pytest.fail(f"the etcd cluster did not start:\n{members[0].log()[-2000:]}")
 
 
 class Admin:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol, cast
 
 import msgspec
 import pytest
 
-from tests.contract.etcd import EtcdServer, etcd_server
+from tests.contract.etcd import EtcdServer
 from tests.contract.planes import record, seen, soon, watching
 from tests.fakes.planes import MemoryDiscovery, MemoryLease
 from trtllm_workers.errors import ConfigError
@@ -23,7 +22,6 @@ from trtllm_workers.types import WorkerState
 TTL_S = 0.6
 ETCD_TTL_S = 1.0  # etcd counts in whole seconds
 POLL_S = 0.02
-_namespaces = itertools.count()
 
 
 class Deployment(Protocol):
@@ -95,18 +93,11 @@ class Etcd:
 KINDS = ["memory", "file", "etcd"]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
-    with etcd_server(tmp_path_factory.mktemp("etcd")) as made:
-        yield made
-
-
 @pytest.fixture(params=KINDS)
 async def deployment(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Deployment]:
     made: Deployment
     if request.param == "etcd":
-        # One server for all tests: a namespace for each.
-        made = Etcd(request.getfixturevalue("server"), f"test-{next(_namespaces)}")
+        made = Etcd(request.getfixturevalue("shared_server"), request.getfixturevalue("namespace"))
     else:
         root = tmp_path / "deployment"
         made = Memory(root) if request.param == "memory" else File(root)

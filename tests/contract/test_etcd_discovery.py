@@ -1,15 +1,11 @@
-"""What discovery on etcd does beyond the contract: etcd that stands still, dies, forgets, refuses."""
+"""What discovery on etcd does beyond the contract: etcd that stands still, dies, forgets."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
-import itertools
-import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, MutableMapping
+from collections.abc import AsyncIterator, MutableMapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,118 +13,19 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from tests.contract.certificates import Authority, authority
-from tests.contract.etcd import Admin, EtcdServer, admin, etcd_server, free_ports
+from tests.contract.etcd import Admin, EtcdServer, admin, etcd_cluster
+from tests.contract.etcd_watchers import TTL_S, Processes, Relay, following
 from tests.contract.planes import record, soon, watching
-from trtllm_workers.config.outside import EtcdLogin, EtcdUrl, TlsFiles
+from trtllm_workers.config.outside import EtcdLogin
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.planes.base import Lease
-from trtllm_workers.planes.discovery import cluster_secret
 from trtllm_workers.planes.discovery_etcd import EtcdDiscovery
-from trtllm_workers.planes.etcd_client import EtcdClient
 from trtllm_workers.planes.etcd_errors import Compacted
 from trtllm_workers.planes.etcd_secret import secret_on_etcd
-from trtllm_workers.planes.record_keys import record_key, secret_key, workers_prefix
-from trtllm_workers.types import WorkerRecord, WorkerState
+from trtllm_workers.planes.record_keys import record_key, workers_prefix
+from trtllm_workers.types import WorkerState
 
-TTL_S = 1.0  # etcd counts in whole seconds
-LONGER_THAN_A_LEASE_S = 1.8  # etcd looks for leases that have run out every half second
 Logs = list[MutableMapping[str, Any]]
-_namespaces = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
-    """A server that no test disturbs; each test has a namespace of its own."""
-    with etcd_server(tmp_path_factory.mktemp("etcd")) as made:
-        yield made
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[EtcdServer]:
-    """A server of this test alone."""
-    with etcd_server(tmp_path / "etcd") as made:
-        yield made
-
-
-@pytest.fixture
-def namespace() -> str:
-    return f"test-{next(_namespaces)}"
-
-
-class Processes:
-    """Discovery as several processes see it; all are closed in the end."""
-
-    def __init__(self) -> None:
-        self._made: list[EtcdDiscovery] = []
-
-    def one(
-        self,
-        *urls: EtcdUrl,
-        namespace: str = "default",
-        connect_timeout_s: float = 5.0,
-        **login: Any,
-    ) -> EtcdDiscovery:
-        url = EtcdUrl(tuple(each.endpoints[0] for each in urls), urls[0].tls)
-        made = EtcdDiscovery(
-            url, namespace, EtcdLogin(**login), ttl_s=TTL_S, connect_timeout_s=connect_timeout_s
-        )
-        self._made.append(made)
-        return made
-
-    async def close(self) -> None:
-        await soon(asyncio.gather(*(each.close() for each in self._made)))
-
-
-@pytest.fixture
-async def processes() -> AsyncIterator[Processes]:
-    made = Processes()
-    yield made
-    await made.close()
-
-
-class Follower:
-    """Reads a watch in the background and keeps every set that it yielded."""
-
-    def __init__(self) -> None:
-        self.sets: list[tuple[WorkerRecord, ...]] = []
-        self.moments: list[float] = []
-        self._more = asyncio.Event()
-
-    async def read(self, discovery: EtcdDiscovery) -> None:
-        async for records in discovery.watch():
-            self.sets.append(records)
-            self.moments.append(time.monotonic())
-            self._more.set()
-
-    async def until(self, *records: WorkerRecord) -> None:
-        async def wait() -> None:
-            while not self.sets or self.sets[-1] != records:
-                self._more.clear()
-                await self._more.wait()
-
-        await soon(wait())
-
-    async def stays(self, *records: WorkerRecord, for_s: float = LONGER_THAN_A_LEASE_S) -> None:
-        """Check that this is the set, and that no other one comes for so long."""
-        assert self.sets[-1] == records
-        self._more.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(for_s):
-                await self._more.wait()
-        assert self.sets[-1] == records
-
-
-@contextlib.asynccontextmanager
-async def following(discovery: EtcdDiscovery, *begin: WorkerRecord) -> AsyncIterator[Follower]:
-    follower = Follower()
-    reading = asyncio.create_task(follower.read(discovery))
-    try:
-        await follower.until(*begin)
-        yield follower
-    finally:
-        reading.cancel()
-        await asyncio.wait({reading})
 
 
 async def let_die(lease: Lease) -> None:
@@ -188,6 +85,7 @@ async def test_etcd_that_lost_its_data_is_filled_again(
     server: EtcdServer, processes: Processes
 ) -> None:
     stays, dies = record("stays"), record("dies")
+    secret = await secret_on_etcd(server.url, "default", EtcdLogin(), 5.0)
     owner = processes.one(server.url)
     await owner.register(stays)
     dying = await processes.one(server.url).register(dies)
@@ -203,6 +101,7 @@ async def test_etcd_that_lost_its_data_is_filled_again(
         assert all(stays in records for records in follower.sets)
     async with following(processes.one(server.url), stays):
         pass  # a new watcher sees the same
+    assert await secret_on_etcd(server.url, "default", EtcdLogin(), 5.0) == secret
 
 
 async def test_worker_that_dies_while_etcd_is_away_vanishes_afterwards(
@@ -244,51 +143,30 @@ async def test_close_while_etcd_stands_still_is_bounded(
     assert "it vanishes with its lease" in str(logs)
 
 
+async def test_cluster_that_loses_members_and_its_majority_costs_nobody(
+    tmp_path: Path, processes: Processes
+) -> None:
+    stays, newcomer = record("stays"), record("newcomer")
+    with etcd_cluster(tmp_path / "cluster", 3) as members:
+        urls = [member.url for member in members]
+        owner = processes.one(*urls)
+        await owner.register(stays)
+        async with following(processes.one(*urls), stays) as follower:
+            members[0].kill()  # the one that both are connected to
+            await follower.stays(stays)
+            await owner.register(newcomer)
+            await follower.until(newcomer, stays)
+            members[1].kill()  # the last one is alive, but may decide nothing
+            await follower.stays(newcomer, stays)
+            await asyncio.to_thread(members[0].start)
+            await follower.stays(newcomer, stays)
+            later = record("later")
+            await owner.register(later)
+            await follower.until(later, newcomer, stays)
+        await processes.close()
+
+
 # A watcher alone loses its connection
-
-
-class Relay:
-    """A way to etcd that can be cut."""
-
-    def __init__(self, server: EtcdServer) -> None:
-        self._server = server
-        self._listening: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        (self.port,) = free_ports(1)
-        self.url = EtcdUrl((("127.0.0.1", self.port),), tls=False)
-
-    async def open(self) -> None:
-        self._listening = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
-
-    async def cut(self) -> None:
-        """Break every connection; nobody listens any more."""
-        assert self._listening is not None
-        self._listening.close()
-        for writer in self._writers:
-            writer.transport.abort()
-        if self._tasks:
-            await soon(asyncio.wait(self._tasks))
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = cast("asyncio.Task[Any]", asyncio.current_task())
-        self._tasks.add(task)
-        there, back = await asyncio.open_connection("127.0.0.1", self._server.port)
-        self._writers |= {writer, back}
-        try:
-            await asyncio.gather(_pass_on(reader, back), _pass_on(there, writer))
-        finally:
-            self._writers -= {writer, back}
-            self._tasks.discard(task)
-            writer.close()
-            back.close()
-
-
-async def _pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while piece := await source.read(65536):
-            sink.write(piece)
-        sink.close()
 
 
 @pytest.fixture
@@ -360,12 +238,6 @@ async def test_events_that_are_no_longer_kept_are_told_as_such(shared_server: Et
 
 
 # Keys
-
-
-@pytest.fixture
-async def operator(shared_server: EtcdServer) -> AsyncIterator[Admin]:
-    async with admin(shared_server) as made:
-        yield made
 
 
 async def test_key_that_others_deleted_is_written_again(
@@ -448,178 +320,3 @@ async def test_register_and_update_after_close_are_refused(
     await owner.close()
     with pytest.raises(ConfigError, match="closed"):
         await owner.register(record("worker-1"))
-
-
-# The first contact
-
-
-async def told(discovery: EtcdDiscovery) -> str:
-    """Return what register and watch say when they cannot reach etcd; both the same."""
-    with pytest.raises(ConfigError) as of_register:
-        await soon(discovery.register(record("worker-0")))
-    async with watching(discovery) as watch:
-        with pytest.raises(ConfigError) as of_watch:
-            await soon(anext(watch))
-    parts = [str(caught.value).partition("tried for")[0] for caught in (of_register, of_watch)]
-    assert parts[0] == parts[1]
-    return str(of_register.value)
-
-
-async def test_nobody_listening_names_every_member_and_its_cause(processes: Processes) -> None:
-    one, other = (EtcdUrl((("127.0.0.1", port),), tls=False) for port in free_ports(2))
-    unknown = EtcdUrl((("no-such-host.invalid", 2379),), tls=False)
-    words = await told(processes.one(one, other, unknown, connect_timeout_s=0.5))
-    for url in (one, other):
-        assert f"127.0.0.1:{url.endpoints[0][1]}: connection refused" in words
-    assert "no-such-host.invalid:2379: unknown host" in words
-    assert "tried for 0.5 s" in words
-    assert "--etcd-endpoints" in words
-
-
-async def test_server_that_does_not_answer_is_told_after_the_deadline(
-    processes: Processes,
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and that is all
-        url = EtcdUrl((("127.0.0.1", silent.getsockname()[1]),), tls=False)
-        assert "no answer within 0.25 s" in await told(processes.one(url, connect_timeout_s=0.6))
-
-
-# Who may
-
-
-ROOT, ANN = EtcdLogin("root", "secret"), EtcdLogin("ann", "pass")
-
-
-@pytest.fixture
-async def guarded(server: EtcdServer) -> EtcdServer:
-    async with admin(server) as operator:
-        await operator.enable_auth(root="secret", ann="pass", bob="word")
-    return server
-
-
-async def test_user_with_a_password_gets_in_and_stays_in(
-    guarded: EtcdServer, processes: Processes
-) -> None:
-    stays, newcomer = record("stays"), record("newcomer")
-    owner = processes.one(guarded.url, username="ann", password="pass")
-    await owner.register(stays)
-    watcher = processes.one(guarded.url, username="bob", password="word")
-    async with following(watcher, stays) as follower:
-        guarded.kill()  # it forgets every token it has given
-        await asyncio.to_thread(guarded.start)
-        await follower.stays(stays)
-        await owner.register(newcomer)
-        await follower.until(newcomer, stays)
-
-
-async def test_token_that_has_run_out_is_replaced(guarded: EtcdServer) -> None:
-    client = EtcdClient(guarded.url, ANN)
-    key = "/trtllm-launch/x"
-    assert await soon(client.put_if_absent(key, b"1")) == b"1"
-    assert client._session is not None
-    client._session.token = (("token", "ran.out"),)
-    assert await soon(client.get(key)) == b"1"
-    await client.close()
-
-
-WRONG_LOGINS = {
-    "wrong password": (EtcdLogin("ann", "nope"), "user 'ann' or its password is wrong"),
-    "unknown user": (EtcdLogin("eve", "nope"), "user 'eve' or its password is wrong"),
-    "no user": (EtcdLogin(), "it asks for a user; give --etcd-username"),
-}
-
-
-async def test_wrong_login_is_told_at_once(guarded: EtcdServer, processes: Processes) -> None:
-    for login, words in WRONG_LOGINS.values():
-        began_s = time.monotonic()
-        discovery = processes.one(
-            guarded.url,
-            username=login.username,
-            password=login.password,
-            connect_timeout_s=9.0,
-        )
-        assert words in await told(discovery)
-        assert time.monotonic() - began_s < 3
-    with pytest.raises(ConfigError, match=r"no permission.*grant-permission"):
-        async with admin(guarded, ANN) as ann:
-            await ann.client.insist(lambda: ann.client.put_if_absent("/else", b""), 9.0)
-
-
-async def test_login_where_etcd_asks_for_none_does_no_harm(
-    shared_server: EtcdServer, processes: Processes, namespace: str
-) -> None:
-    owner = processes.one(shared_server.url, namespace=namespace, username="x", password="y")
-    await owner.register(record("worker-0"))
-
-
-# TLS
-
-
-@pytest.fixture(scope="module")
-def etcd_files(cluster_authority: Authority) -> TlsFiles:
-    return cluster_authority.signs("etcd")
-
-
-async def test_etcd_with_tls(
-    tmp_path: Path, etcd_files: TlsFiles, cluster_authority: Authority, processes: Processes
-) -> None:
-    mine = record("worker-0")
-    client = cluster_authority.signs("client")
-    with etcd_server(tmp_path / "etcd", etcd_files) as server:
-        await processes.one(server.url, tls=client).register(mine)
-        async with following(processes.one(server.url, tls=client), mine):
-            pass
-        strangers = authority(tmp_path / "other")
-        refused = {
-            "no certificate of ours": TlsFiles(ca=client.ca),
-            "another authority's certificate": dataclasses.replace(
-                strangers.signs("stranger"), ca=client.ca
-            ),
-            "not our authority's server": strangers.signs("trusts others"),
-        }
-        for files in refused.values():
-            words = await told(processes.one(server.url, tls=files, connect_timeout_s=0.5))
-            assert "TLS" in words, words
-        plain = EtcdUrl(server.url.endpoints, tls=False)
-        assert "if it wants TLS" in await told(processes.one(plain, connect_timeout_s=0.5))
-        await processes.close()
-
-
-async def test_tls_to_a_server_without_it_says_so(
-    shared_server: EtcdServer, etcd_files: TlsFiles, processes: Processes
-) -> None:
-    url = EtcdUrl(shared_server.url.endpoints, tls=True)
-    words = await told(processes.one(url, tls=etcd_files, connect_timeout_s=0.5))
-    assert "it answers without TLS" in words
-
-
-# The secret
-
-
-async def test_ten_processes_that_start_together_end_with_one_secret(
-    shared_server: EtcdServer, namespace: str, operator: Admin
-) -> None:
-    secrets = await soon(
-        asyncio.gather(
-            *(secret_on_etcd(shared_server.url, namespace, EtcdLogin(), 10.0) for _ in range(10))
-        )
-    )
-    assert len(set(secrets)) == 1
-    assert len(secrets[0]) == 64
-    assert await operator.client.get(secret_key(namespace)) == secrets[0]
-
-
-def test_secret_is_kept_for_those_who_come_later(shared_server: EtcdServer, namespace: str) -> None:
-    url = str(shared_server.url)
-    assert cluster_secret(url, "given by hand", namespace) == b"given by hand"
-    first = cluster_secret(url, None, namespace)
-    assert cluster_secret(url, None, namespace) == first
-    assert cluster_secret(url, None, f"{namespace}-other") != first
-
-
-async def test_key_that_holds_no_secret_is_refused(
-    shared_server: EtcdServer, namespace: str, operator: Admin
-) -> None:
-    await operator.put(secret_key(namespace), b"short")
-    with pytest.raises(ConfigError, match=f"etcdctl del '/trtllm-launch/{namespace}/secret'"):
-        await soon(secret_on_etcd(shared_server.url, namespace, EtcdLogin(), 10.0))

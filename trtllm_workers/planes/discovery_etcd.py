@@ -47,6 +47,7 @@ class EtcdDiscovery:
         connect_timeout_s: float = 10.0,
     ) -> None:
         self._client = EtcdClient(url, login, call_timeout_s=ttl_s / BEATS_PER_TTL)
+        self._namespace = namespace
         self._prefix = workers_prefix(namespace)
         self._ttl_s = ttl_s
         self._connect_timeout_s = connect_timeout_s
@@ -65,7 +66,7 @@ class EtcdDiscovery:
             raise ConfigError(
                 f"discovery at etcd {self._client.where} is closed; {record.worker_id} comes late"
             )
-        lease = EtcdLease(self._client, self._prefix, self._ttl_s, record, self._trouble)
+        lease = EtcdLease(self._client, self._namespace, self._ttl_s, record, self._trouble)
         await lease.start(self._connect_timeout_s)
         self._leases.add(lease)
         return lease

@@ -1,25 +1,20 @@
 """One etcd cluster as one process sees it: calls with deadlines, at one member, then at the next.
 
 The wire comes from aetcd's generated stubs on a gRPC channel of our own: aetcd's client class has
-neither TLS nor a deadline for its streams. Both packages are imported when a client is made, and
-only here.
+neither TLS nor a deadline for its streams.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import structlog
 
-from trtllm_workers.config.env import calm_grpc
-from trtllm_workers.config.outside import EtcdLogin, EtcdUrl, TlsFiles
-from trtllm_workers.errors import ConfigError
+from trtllm_workers.config.outside import EtcdLogin, EtcdUrl
 from trtllm_workers.planes import etcd_errors
 from trtllm_workers.planes.etcd_errors import (
     Compacted,
@@ -28,6 +23,7 @@ from trtllm_workers.planes.etcd_errors import (
     EtcdRefused,
     TokenExpired,
 )
+from trtllm_workers.planes.etcd_login import credentials, packages, user_of
 
 _CHANNEL_OPTIONS: Final = (
     # Every channel begins anew: gRPC would make a new one wait for what an old one met.
@@ -80,9 +76,9 @@ class EtcdClient:
     """
 
     def __init__(self, url: EtcdUrl, login: EtcdLogin, call_timeout_s: float = 2.5) -> None:
-        self._grpc, self._rpc = _packages()
-        self._user, self._password = _user_of(login)
-        self._credentials = _credentials(self._grpc, login.tls) if url.tls else None
+        self._grpc, self._rpc = packages()
+        self._user, self._password = user_of(login)
+        self._credentials = credentials(self._grpc, login.tls) if url.tls else None
         if login.tls and not url.tls:
             log.warning("TLS files have no effect: etcd is asked without TLS", url=str(url))
         self._endpoints = [
@@ -338,41 +334,6 @@ class EtcdClient:
             self._session = None
             self._turn += 1
         await session.channel.close()
-
-
-def _packages() -> tuple[Any, Any]:
-    calm_grpc()
-    try:
-        return importlib.import_module("grpc"), importlib.import_module("aetcd.rpc")
-    except (ImportError, TypeError, AttributeError) as error:  # a protobuf that does not fit
-        raise ConfigError(
-            f"discovery on etcd needs packages that cannot be imported ({error}): "
-            "pip install 'trtllm-launch[etcd]'",
-            param="discovery",
-        ) from error
-
-
-def _user_of(login: EtcdLogin) -> tuple[str | None, str]:
-    if login.username is None:
-        return None, ""
-    if login.password is None:
-        raise ConfigError(
-            f"user '{login.username}' of etcd has no password; set ETCD_PASSWORD",
-            param="etcd_password",
-        )
-    return login.username, login.password
-
-
-def _credentials(grpc: Any, files: TlsFiles) -> Any:
-    """Return what gRPC checks etcd's certificate by; without a file, the authorities it brings."""
-
-    def read(path: Path | None) -> bytes | None:
-        try:
-            return None if path is None else path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-
-    return grpc.ssl_channel_credentials(read(files.ca), read(files.key), read(files.cert))
 
 
 def _after(prefix: str) -> bytes:

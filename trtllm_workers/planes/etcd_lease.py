@@ -16,7 +16,7 @@ from trtllm_workers.planes.etcd_errors import EtcdError, LeaseGone
 from trtllm_workers.planes.etcd_view import CLOSED
 from trtllm_workers.planes.record_codec import Unreadable
 from trtllm_workers.planes.record_files import this_process
-from trtllm_workers.planes.record_keys import lives_prefix, record_key
+from trtllm_workers.planes.record_keys import lives_prefix, record_key, secret_key, workers_prefix
 from trtllm_workers.types import WorkerRecord
 
 _CLOSE_TIMEOUT_S = 2.0
@@ -62,14 +62,23 @@ class EtcdLease:
     """Implements Lease: a key, an etcd lease it vanishes with, and a task that keeps both.
 
     * Trouble with etcd never ends it: it registers again under a new lease as soon as etcd answers.
+      With the record it writes the cluster secret again, if etcd kept it: whoever starts after etcd
+      has lost its data would make another one and could not join.
     * ``update`` while etcd is away returns; the record is written when etcd is back.
     """
 
     def __init__(
-        self, client: EtcdClient, prefix: str, ttl_s: float, record: WorkerRecord, trouble: Trouble
+        self,
+        client: EtcdClient,
+        namespace: str,
+        ttl_s: float,
+        record: WorkerRecord,
+        trouble: Trouble,
     ) -> None:
         self._client = client
-        self._prefix = prefix
+        self._prefix = prefix = workers_prefix(namespace)
+        self._secret_key = secret_key(namespace)
+        self._secret: bytes | None = None
         self._ttl_s = ttl_s
         self._record = record
         self._key = record_key(prefix, record.worker_id, record.address.incarnation)
@@ -85,7 +94,7 @@ class EtcdLease:
     async def start(self, timeout_s: float) -> None:
         """Register. Raises ConfigError when that was not possible within ``timeout_s``."""
         try:
-            await self._client.insist(self._write, timeout_s)
+            await self._client.insist(self._begin, timeout_s)
         except BaseException:
             self._closed = True
             raise
@@ -154,7 +163,13 @@ class EtcdLease:
         if self._lease and self._is_written and await self._client.has(self._key):
             return
         await self._write()
+        if self._secret is not None:
+            await self._client.put_if_absent(self._secret_key, self._secret)
         log.info("registered again", worker_id=self._record.worker_id)
+
+    async def _begin(self) -> None:
+        await self._write()
+        self._secret = await self._client.get(self._secret_key)
 
     async def _write(self) -> None:
         if not self._lease:

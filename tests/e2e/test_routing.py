@@ -62,7 +62,7 @@ def test_a_prompt_goes_back_to_where_it_is_cached(
         told = bench.run("explain", again.json()["id"], "--url", url).output
         assert "lowest cost" in told
         metrics = http.get("/metrics").text
-        [rate] = re.findall(r'router_hit_rate{model="demo"} (\S+)', metrics)
+        [rate] = re.findall(r'router_hit_ratio{model="demo"} (\S+)', metrics)
         assert 0.3 < float(rate) < 1
 
 

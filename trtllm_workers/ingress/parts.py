@@ -32,7 +32,7 @@ from trtllm_workers.planes.messages import (
 )
 
 _REGISTERED = "trtllm_launch_registered_workers"
-_HIT_RATE = "trtllm_launch_router_hit_rate"
+_HIT_RATE = "trtllm_launch_router_hit_ratio"
 _FRAMES = "trtllm_launch_frames_sent_total"
 _ENGINE_METRICS = tuple(spec.name for spec in TABLE if "worker_id" in spec.labels)
 

@@ -35,4 +35,4 @@ def show_router(metrics: Metrics, fleet: Fleet) -> None:
                 placed += worker.placed_tokens
                 overlap += worker.overlap_tokens
         if placed:
-            metrics.gauge(f"{_PREFIX}hit_rate", model=served.name).set(overlap / placed)
+            metrics.gauge(f"{_PREFIX}hit_ratio", model=served.name).set(overlap / placed)

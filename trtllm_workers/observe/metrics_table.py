@@ -141,7 +141,7 @@ TABLE: tuple[Spec, ...] = (
         "Snapshots of a worker's cache asked for because KV events were lost.",
     ),
     Spec(
-        "trtllm_launch_router_hit_rate",
+        "trtllm_launch_router_hit_ratio",
         "gauge",
         ("model",),
         "Overlap tokens over placed tokens, 0 to 1, of the workers that compute prompts.",

@@ -14,6 +14,7 @@ from trtllm_workers.planes.connection import Connection
 from trtllm_workers.planes.frames import Decoder, encode
 from trtllm_workers.planes.handshake import Handshake
 from trtllm_workers.planes.messages import Drain, Message, Ping, Pong
+from trtllm_workers.planes.tls import PlaneTls
 from trtllm_workers.types import Address
 
 ME = Address("127.0.0.1", 1, "me", "1")
@@ -48,7 +49,7 @@ class NotedOwner:
     """Implements Owner."""
 
     secret = b"secret"
-    tls = None
+    tls: PlaneTls | None = None
     max_buffered_bytes = 1_000_000
     address = ME
 

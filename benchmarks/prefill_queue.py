@@ -139,7 +139,7 @@ class Client(threading.local):
 def deaths(folder: Path, num_requests: int, streams: int, kill_every_s: float) -> None:
     """Print what became of requests while prefill workers died."""
     options = sim_options(folder, "prefill:\n  per_token_us: 20\ndecode:\n  base_ms: 2\n")
-    options += [*QUEUE, "--num-prefill-workers", "2", "--max-restarts", "1000"]
+    options += [*QUEUE, "--num-prefill-workers", "2", "--max-restarts", "1000", "--log-dir", "/tmp/h3logs", "--log-level", "info"]
     dice = random.Random(3)
     prompts = [dice.choices(range(5, VOCAB), k=dice.randrange(32, 600)) for _ in range(NUM_PROMPTS)]
     client = Client()
@@ -156,7 +156,7 @@ def deaths(folder: Path, num_requests: int, streams: int, kill_every_s: float) -
                 return f"lost: {error!r}"
             if found[1] > NUM_TOKENS:
                 return "doubled"
-            return "right" if found == expected[which] else "lost: other text"
+            return "right" if found == expected[which] else f"lost: other text {number} {found} {expected[which]}"
 
         began = time.monotonic()
         with (

@@ -139,7 +139,13 @@ class Client(threading.local):
 def deaths(folder: Path, num_requests: int, streams: int, kill_every_s: float) -> None:
     """Print what became of requests while prefill workers died."""
     options = sim_options(folder, "prefill:\n  per_token_us: 20\ndecode:\n  base_ms: 2\n")
-    options += [*QUEUE, "--num-prefill-workers", "2", "--max-restarts", "1000"]
+    options += [
+        *QUEUE,
+        "--num-prefill-workers",
+        "2",
+        "--max-restarts",
+        "1000",
+    ]
     dice = random.Random(3)
     prompts = [dice.choices(range(5, VOCAB), k=dice.randrange(32, 600)) for _ in range(NUM_PROMPTS)]
     client = Client()
@@ -156,7 +162,11 @@ def deaths(folder: Path, num_requests: int, streams: int, kill_every_s: float) -
                 return f"lost: {error!r}"
             if found[1] > NUM_TOKENS:
                 return "doubled"
-            return "right" if found == expected[which] else "lost: other text"
+            return (
+                "right"
+                if found == expected[which]
+                else f"lost: {found[0]!r} for {expected[which][0]!r}"
+            )
 
         began = time.monotonic()
         with (
@@ -177,8 +187,9 @@ def report(
     beyond = one.metric_sum("output_tokens_total") - before - len(outcomes) * NUM_TOKENS
     jobs = {
         outcome: int(one.metric_sum("prefill_queue_jobs_total", f'outcome="{outcome}"'))
-        for outcome in ("filled", "lost", "no_prefill_worker", "prefill_timeout", "queue_away")
+        for outcome in ("filled", "lost", "given_back")
     }
+    jobs["computed by decode"] = int(one.metric_sum("prefill_fallbacks_total"))
     print("| requests | killed | lost | doubled | tokens too many | jobs | seconds |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     told = ", ".join(f"{count} {name}" for name, count in jobs.items() if count)

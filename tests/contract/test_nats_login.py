@@ -82,6 +82,19 @@ async def test_a_server_without_jetstream_is_told(tmp_path: Path) -> None:
         await opened(server.url)
 
 
+async def test_a_queue_that_its_server_lost_is_made_again(tmp_path: Path) -> None:
+    with nats_server(tmp_path) as server:
+        queue = await opened(server.url)
+        assert await queue.take(0.1) is None
+        await queue._js.delete_stream("work")
+        assert await queue.put(b"x") > 0
+        item = None
+        while item is None:
+            item = await queue.take(1.0)
+        await item.ack()
+        await queue.close()
+
+
 def certificates(folder: Path) -> TlsFiles:
     folder.mkdir()
     ca, key, cert = folder / "ca.pem", folder / "key.pem", folder / "cert.pem"

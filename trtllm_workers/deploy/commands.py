@@ -97,7 +97,7 @@ def as_shell(plan: Plan) -> str:
     joint = ", " if " and " in plan.workers_in_words else " and "
     nats = ", 1 NATS server" if any(one.role == NATS for one in plan.processes) else ""
     head = [
-        f"# run {plan.run_id}: 1 ingress{nats}{joint if not nats else ' and '}{plan.workers_in_words} "
+        f"# run {plan.run_id}: 1 ingress{nats}{joint}{plan.workers_in_words} "
         f"for model {_one_line(plan.model)}",
         "# By hand: each command in a terminal of its own.",
         *(f"# note: {note}" for note in plan.notes),

@@ -87,11 +87,15 @@ class NatsQueue:
 
     async def put(self, body: bytes) -> int:
         from nats.errors import Error
-        from nats.js.errors import APIError
+        from nats.js.errors import APIError, NoStreamResponseError
 
         self._require_connection("put work into")
         try:
-            kept = await self._js.publish(self._subject, body, timeout=_ANSWER_TIMEOUT_S)
+            try:
+                kept = await self._js.publish(self._subject, body, timeout=_ANSWER_TIMEOUT_S)
+            except NoStreamResponseError:  # the server came back without what it had
+                await self.set_up(decides=True)
+                kept = await self._js.publish(self._subject, body, timeout=_ANSWER_TIMEOUT_S)
         except APIError as error:
             if error.err_code == _TOO_MANY_MESSAGES:
                 text = f"work queue {self._spec.name} holds {self._spec.max_items} items already"

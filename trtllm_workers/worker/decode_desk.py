@@ -275,6 +275,8 @@ class DecodeDesk:
         self, queued: QueuedPrefills, job: Job, reservation: Reservation
     ) -> TokenChunk:
         filled = await queued.bring(job, reservation)
+        if filled is None:
+            return await self._fetch(job, reservation)
         job.offered_s = now_s() - filled.seconds
         if filled.first.finish_reason is None:
             self._time_first_token(job, filled.queue_s, filled.compute_s)
@@ -323,6 +325,11 @@ class DecodeDesk:
         if pair.peer is not None:
             self._send(pair.peer, Fetched(job.handoff_id, 0, now_s() - began_s))
         return offer.prefilled.first
+
+    def granted(self, job: Job, pair: Pair) -> None:
+        """Take notice who has taken a request from the prefill queue, and will offer it."""
+        job.pair, job.asked = pair, True
+        self._by_handoff[handoff_key(pair, job.handoff_id)] = job
 
     def _choose(self, job: Job) -> Pair:
         if job.pair is None and not job.offer.done():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -46,11 +46,16 @@ class HandoffLimits:
     prefill_timeout_s: float = 60.0
 
 
+def _nothing() -> None:
+    """Tell nobody."""
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
     """One prompt on its way: computing while ``handoff`` is None, then offered to ``peer``.
 
-    ``submit`` and ``out`` belong to prefill_first: what to pass on, and where errors go.
+    ``submit`` and ``out`` belong to prefill_first: what to pass on, and where errors go. ``computed`` and
+    ``ended`` are called once each at most, ``ended`` always.
     """
 
     handoff_id: str
@@ -61,6 +66,8 @@ class _Entry:
     handoff: Handoff | None = None
     timer: asyncio.TimerHandle | None = None
     cancelled: str = ""
+    computed: Callable[[], None] = _nothing
+    ended: Callable[[], None] = _nothing
 
 
 class PrefillDesk:
@@ -98,6 +105,21 @@ class PrefillDesk:
             return
         self._begin(entry, message.request)
 
+    def do_job(
+        self,
+        peer: Peer,
+        message: PrefillAsk,
+        computed: Callable[[], None],
+        ended: Callable[[], None],
+    ) -> None:
+        """Begin a prefill taken from the prefill queue, also while draining.
+
+        ``computed`` is called when the engine is done with it, ``ended`` when nothing is held any more.
+        """
+        entry = _Entry(message.handoff, _key(peer, message.handoff), peer)
+        entry.computed, entry.ended = computed, ended
+        self._begin(entry, message.request)
+
     def hand_over(
         self, peer: Peer, submit: Submit, request: GenerateRequest, out: StreamOut
     ) -> None:
@@ -119,6 +141,7 @@ class PrefillDesk:
     def _refuse(self, entry: _Entry, error: LaunchError) -> None:
         if self._entries.get(entry.request_id) is entry:
             del self._entries[entry.request_id]
+        entry.ended()
         code = error.code or "engine_error"
         if entry.out is not None:
             entry.out.fail(code, str(error), error.param)
@@ -130,8 +153,10 @@ class PrefillDesk:
     def _prefilled(self, entry: _Entry, prefilled: Prefilled) -> None:
         """Take the engine's result; called exactly once per prompt."""
         first = prefilled.first
+        entry.computed()
         if first.finish_reason is not None:
             self._entries.pop(entry.request_id, None)
+            entry.ended()
             self._ended_at_once(entry, prefilled)
             return
         if entry.cancelled:
@@ -275,6 +300,7 @@ class PrefillDesk:
             entry.out.hand_over()
         self._meters.ended(str(state), cause)
         self._engine.release(entry.request_id)
+        entry.ended()
 
     # --- the end -------------------------------------------------------------------------------
 

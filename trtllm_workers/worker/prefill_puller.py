@@ -25,17 +25,20 @@ from trtllm_workers.planes.messages import (
     FillStopped,
     Message,
     PairReady,
+    PrefillAsk,
 )
 from trtllm_workers.planes.queue import ACK_WAIT_S, Item, WorkQueue
 from trtllm_workers.types import EngineInfo
-from trtllm_workers.worker.handoff_job import now_s
+from trtllm_workers.worker.handoff_job import now_s, settle
 from trtllm_workers.worker.handoff_meters import HandoffMeters
+from trtllm_workers.worker.prefill_desk import PrefillDesk
 from trtllm_workers.worker.prefill_fill import Failed, Fill, Filler, Void
 from trtllm_workers.worker.queued_prefill import read_job
 
 log = structlog.get_logger(__name__)
 
 _TAKE_S = 5.0  # one question to the queue lasts so long
+_RETRY_S = 1.0
 _CONNECT_TIMEOUT_S = 3.0
 _ANSWER_TIMEOUT_S = 10.0
 # So much work is taken beside what one step can compute, so that the engine never waits for the queue.
@@ -56,6 +59,7 @@ class PrefillPuller:
         engine: Engine,
         info: EngineInfo,
         filler: Filler,
+        desk: PrefillDesk,
         meters: HandoffMeters,
         *,
         ack_wait_s: float = ACK_WAIT_S,
@@ -64,6 +68,7 @@ class PrefillPuller:
         self._plane = plane
         self._engine = engine
         self._filler = filler
+        self._desk = desk
         self._meters = meters
         self._max_tokens = _STEPS_AHEAD * info.max_num_tokens
         self._max_jobs = info.max_batch_size
@@ -95,7 +100,12 @@ class PrefillPuller:
             while not self._has_room:
                 self._room.clear()
                 await self._room.wait()
-            item = await self._queue.take(_TAKE_S)
+            try:
+                item = await self._queue.take(_TAKE_S)
+            except Exception:  # the border: whatever it was, prompts must go on coming
+                log.exception("taking from the prefill queue failed")
+                await asyncio.sleep(_RETRY_S)
+                continue
             if item is None:
                 continue
             if self._draining:
@@ -168,6 +178,9 @@ class PrefillPuller:
     async def _fill(self, fill: Fill, peer: Peer, grant: FillGrant) -> None:
         """Do the work unless it is stopped; say how it ended once no byte moves any more."""
         item, job_id = fill.item, fill.job.job
+        if self._engine.kv_pool is None:
+            await self._offer(fill, peer, grant)
+            return
         fill.until_s = now_s() + grant.timeout_s
         working = asyncio.create_task(self._filler.fill(fill, peer, grant, self._room.set))
         try:
@@ -209,6 +222,20 @@ class PrefillPuller:
             await item.ack()
         else:
             raise wrong
+
+    async def _offer(self, fill: Fill, peer: Peer, grant: FillGrant) -> None:
+        """Let an engine that moves its own KV do it: decode fetches from an Offer, as ever."""
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def computed() -> None:
+            fill.num_uncomputed = 0
+            self._room.set()
+
+        ask = PrefillAsk(fill.job.job, grant.request)
+        self._desk.do_job(peer, ask, computed, lambda: settle(ended, None))
+        await asyncio.wait((ended, fill.stop), return_when=asyncio.FIRST_COMPLETED)
+        # However it ended: decode has it, or computes it itself by now.
+        await fill.item.ack()
 
     async def _unreachable(self, fill: Fill, error: PlaneError) -> None:
         """Let another one try while decode may want it; then it is nobody's."""

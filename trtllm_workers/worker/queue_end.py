@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from trtllm_workers.config.outside import NatsLogin
-from trtllm_workers.engines.base import Engine
+from trtllm_workers.engines.base import ENGINE_NATIVE, Engine
 from trtllm_workers.errors import StartError
 from trtllm_workers.observe.status import read_status
 from trtllm_workers.planes.base import RequestPlane
@@ -93,9 +93,20 @@ def join_queue(
     if role is Role.PREFILL:
         filler = Filler(engine, transports, info.block_size)
         service.use_queue(
-            PrefillPuller(queue, plane, engine, info, filler, service.meters, ack_wait_s=ack_wait_s)
+            PrefillPuller(
+                queue,
+                plane,
+                engine,
+                info,
+                filler,
+                service.prefills,
+                service.meters,
+                ack_wait_s=ack_wait_s,
+            )
         )
         return
+    assert service.decodes is not None, "only prefill and decode workers use a queue"
+    native = info.kv_transport == ENGINE_NATIVE
     service.use_queue(
         QueuedPrefills(
             queue,
@@ -104,5 +115,6 @@ def join_queue(
             service.meters,
             prefill_timeout_s=prefill_timeout_s,
             fence=fence,
+            on_granted=service.decodes.granted if native else None,
         )
     )

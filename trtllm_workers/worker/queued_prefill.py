@@ -10,6 +10,9 @@ While a job is granted one prefill worker may write into the request's blocks, s
 and nobody computes into them: not another prefill worker, and not this one. Whoever wants them back
 (abort, deadline) asks the writer to stop and waits for its word. A writer that is lost cannot give it;
 then the wait is as long as it may take until it has noticed the loss too and has stopped.
+
+With engines that move their own KV nobody writes: who is granted a job makes an Offer, as if it had been
+asked directly, and the queue is left.
 """
 
 from __future__ import annotations
@@ -109,7 +112,7 @@ class _Entry:
     reservation: Reservation
     put_s: float
     deadline_s: float
-    result: asyncio.Future[Filled | WentWrong]
+    result: asyncio.Future[Filled | WentWrong | None]  # None: an Offer will come
     grant: _Grant | None = None
     num_grants: int = 0
     closing: bool = False
@@ -117,7 +120,10 @@ class _Entry:
 
 
 class QueuedPrefills:
-    """Jobs of one decode worker. ``address`` and ``cards`` are this worker's."""
+    """Jobs of one decode worker. ``address`` and ``cards`` are this worker's.
+
+    ``on_granted`` is given with engines that move their own KV: it is told who will make the Offer.
+    """
 
     def __init__(
         self,
@@ -128,6 +134,7 @@ class QueuedPrefills:
         *,
         prefill_timeout_s: float,
         fence: FenceTimes = FenceTimes(),
+        on_granted: Callable[[Job, Pair], None] | None = None,
     ) -> None:
         self._queue = queue
         self._address = address
@@ -135,6 +142,7 @@ class QueuedPrefills:
         self._meters = meters
         self._timeout_s = prefill_timeout_s
         self._fence = fence
+        self._on_granted = on_granted
         self._entries: dict[str, _Entry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.pairs: Pairs | None = None
@@ -152,9 +160,10 @@ class QueuedPrefills:
 
     # --- the story -----------------------------------------------------------------------------
 
-    async def bring(self, job: Job, reservation: Reservation) -> Filled:
+    async def bring(self, job: Job, reservation: Reservation) -> Filled | None:
         """Have a reserved request's blocks filled by whoever takes the job; return what came with it.
 
+        None: an Offer will come from who has taken the job, in place of bytes.
         When it returns or raises, nobody writes into the blocks any more. Raises WentWrong and Aborted.
         """
         self._require_somebody(job)
@@ -182,8 +191,8 @@ class QueuedPrefills:
         finally:
             entry.closing = True
             del self._entries[job.handoff_id]
-            # One that was filled goes when its taker acknowledges it.
-            if handle is not None and not self._is_filled(entry):
+            # Otherwise it goes when its taker acknowledges it.
+            if handle is not None and not _is_done(entry):
                 self._keep(self._queue.remove(handle))
 
     async def _put(self, entry: _Entry) -> int:
@@ -204,7 +213,7 @@ class QueuedPrefills:
         except QueueAway as error:
             raise WentWrong(QUEUE_AWAY, error) from error
 
-    async def _wait(self, entry: _Entry) -> Filled:
+    async def _wait(self, entry: _Entry) -> Filled | None:
         job = entry.job
         while True:
             left_s = entry.deadline_s - now_s()
@@ -219,7 +228,7 @@ class QueuedPrefills:
                 result = entry.result.result()
                 if isinstance(result, WentWrong):
                     raise result
-                self._meters.queue_job("filled")
+                self._meters.queue_job("filled" if result is not None else "granted")
                 return result
             if left_s <= 0:
                 raise WentWrong(PREFILL_TIMEOUT, self._too_late(entry))
@@ -249,9 +258,6 @@ class QueuedPrefills:
         if self.pairs is None or not self.pairs.any_can_take(job.request):
             missing = self.pairs.missing if self.pairs is not None else "it is stopping"
             raise WentWrong(NO_PREFILL, HandoffRefused(f"no prefill worker: {missing}"))
-
-    def _is_filled(self, entry: _Entry) -> bool:
-        return entry.result.done() and isinstance(entry.result.result(), Filled)
 
     # --- the fence -----------------------------------------------------------------------------
 
@@ -317,8 +323,12 @@ class QueuedPrefills:
         timeout_s = entry.deadline_s - now
         if timeout_s <= 0:
             return FillRefused(job_id, _GONE, "its time is over")
-        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry.grant = _Grant(peer, pair, over)
+        if self._on_granted is not None:
+            self._on_granted(entry.job, pair)
+            entry.result.set_result(None)
+        else:
+            over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            entry.grant = _Grant(peer, pair, over)
         if not entry.num_grants:
             self._meters.queue_wait(now - entry.put_s)
         entry.num_grants += 1
@@ -418,6 +428,10 @@ class QueuedPrefills:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._queue.close()
+
+
+def _is_done(entry: _Entry) -> bool:
+    return entry.result.done() and not isinstance(entry.result.result(), WentWrong)
 
 
 def _outcome(wrong: BaseException) -> str:

@@ -167,3 +167,17 @@ def test_configs_that_differ_elsewhere_are_taken(model: Path, tmp_path: Path) ->
     require_same_blocks(
         config_of(tmp_path, "p.yaml", "", both), config_of(tmp_path, "d.yaml", "", both)
     )
+
+
+def test_a_prefill_queue_needs_decode_first_and_names_both(model: Path) -> None:
+    text = refused(model, PREFILL_DISPATCH="queue", DISAGGREGATION_STRATEGY="prefill_first")
+    assert "PREFILL_DISPATCH" in text
+    assert "decode_first" in text
+    assert "DISAGGREGATION_STRATEGY" in text
+    assert settle(model, PREFILL_DISPATCH="queue").prefill_dispatch == "queue"
+
+
+def test_a_queues_size_without_a_queue_is_warned_of(model: Path) -> None:
+    warnings = settle(model, MAX_PREFILL_QUEUE_SIZE="3").warnings
+    assert any("MAX_PREFILL_QUEUE_SIZE has no effect" in one for one in warnings)
+    assert settle(model, MAX_PREFILL_QUEUE_SIZE="3", PREFILL_DISPATCH="queue").warnings == ()

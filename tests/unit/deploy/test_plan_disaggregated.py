@@ -182,3 +182,38 @@ def test_roles_on_one_gpu_divide_its_memory_unless_somebody_has() -> None:
     plan = plan_of(one_gpu, prefill=chosen, decode=chosen)
     assert "--set" not in plan.processes[0].argv
     assert "must leave memory to each other" in plan.notes[-1]
+
+
+# --- the prefill queue -------------------------------------------------------------------------
+
+
+def test_a_run_with_a_prefill_queue_starts_a_nats_server_first(
+    golden: Callable[[str, str], None],
+) -> None:
+    plan = plan_of(prefill_dispatch="queue", max_prefill_queue_size=8)
+    assert [one.name for one in plan.processes] == ["nats", "prefill-0", "decode-0", "ingress"]
+    nats, *workers, ingress = plan.processes
+    assert value_of(nats, "--folder") == "/runs/abc123/nats"
+    for worker in workers:
+        assert value_of(worker, "--prefill-dispatch") == "queue"
+        assert value_of(worker, "--max-prefill-queue-size") == "8"
+        assert value_of(worker, "--nats-status-file") == str(nats.status)
+    assert "--prefill-dispatch" not in ingress.argv
+    assert plan.workers_in_words == "1 prefill worker and 1 decode worker"
+    golden("plan_queue.txt", as_shell(plan))
+
+
+def test_a_server_that_was_named_is_used_by_workers() -> None:
+    plan = plan_of(prefill_dispatch="queue", nats_server="nats://broker:4222")
+    assert [one.name for one in plan.processes] == ["prefill-0", "decode-0", "ingress"]
+    for worker in plan.processes[:-1]:
+        assert value_of(worker, "--nats-server") == "nats://broker:4222"
+        assert "--nats-status-file" not in worker.argv
+
+
+def test_what_the_prefill_queue_lacks_is_told_with_the_remedy() -> None:
+    lacking = dataclasses.replace(INVENTORY, queue_lacks=("nats-py", "nats-server"))
+    with pytest.raises(ConfigError, match=r"needs nats-py and nats-server.*trtllm-launch\[nats\]"):
+        plan_of(lacking, prefill_dispatch="queue")
+    only_server = dataclasses.replace(INVENTORY, queue_lacks=("nats-server",))
+    plan_of(only_server, prefill_dispatch="queue", nats_server="nats://broker:4222")

@@ -336,3 +336,23 @@ async def test_a_first_chunk_that_does_not_fit_is_refused_and_the_reservation_st
             resume(engine, request, first)
         answer = await resume(engine, request, None).end()
         assert len(answer.tokens) == max_tokens
+
+
+async def test_a_first_token_comes_first_even_when_timers_overtake_callbacks(
+    model_path: Path,
+) -> None:
+    """As on a loop that is late: what is due runs before what was to be called soon."""
+    async with running(model_path) as prefill, running(model_path) as decode:
+        prompt = prompt_of(1, 40)
+        expected = await tokens_of(prefill, prompt, OUTPUT)
+        request = request_of(prompt, OUTPUT)
+        prefilled = await ask_prefill(prefill, request).result()
+        reserved = await ask_reserve(decode, request).result()
+        copy_kv(prefill, prefilled, decode, reserved)
+        answer = resume(decode, request, prefilled.first)
+        assert decode._started is not None
+        for _ in range(3):
+            decode._turn(decode._started)
+        assert answer.tokens == expected[: len(answer.tokens)]
+        assert len(answer.tokens) >= 2
+        assert (await answer.end()).tokens == expected

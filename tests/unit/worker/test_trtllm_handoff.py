@@ -12,11 +12,22 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.fakes.queue import MemoryQueue, MemoryQueueHub
 from tests.fakes.stand_in import tensorrt_llm_stand_in
-from tests.unit.worker.cluster import Cluster, cluster, prompt_of, request
+from tests.unit.worker.cluster import ACK_WAIT_S, Cluster, cluster, prompt_of, request
+from tests.unit.worker.queue_stage import works
 from trtllm_workers.engines.trtllm.engine import TrtllmEngine
 from trtllm_workers.engines.trtllm.handoff_state import encode_state
-from trtllm_workers.planes.messages import Fetched, Message, Offer, PrefillAsk, Submit
+from trtllm_workers.planes.messages import (
+    Fetched,
+    Fetching,
+    FillAsk,
+    FillGrant,
+    Message,
+    Offer,
+    PrefillAsk,
+    Submit,
+)
 from trtllm_workers.types import FinishReason, GenerateRequest, Role
 
 STRATEGIES = ["decode_first", "prefill_first"]
@@ -214,3 +225,71 @@ async def test_a_request_that_fails_touches_no_other(tmp_path: Path) -> None:
         assert made.client.last[bad].error_code == "engine_error"
         assert "made to fail" in (made.client.last[bad].error_message or "")
         assert await made.answer(good) == await made.expected(asked, "a0")
+
+
+@asynccontextmanager
+async def queued(tmp_path: Path, *prefills: str) -> AsyncIterator[Cluster]:
+    async with cluster(tmp_path, "trtllm") as made:
+        hub = MemoryQueueHub(ack_wait_s=ACK_WAIT_S)
+        await made.add(Role.AGGREGATED, "a0")
+        for name in prefills:
+            await made.add(Role.PREFILL, name, queue=MemoryQueue(hub))
+        await made.add(Role.DECODE, "d0", queue=MemoryQueue(hub))
+        for name in prefills:
+            await made.paired("d0", name)
+        yield made
+        await made.idle()
+        async with asyncio.timeout(10):
+            while hub.kept:  # noqa: ASYNC110 - a count
+                await asyncio.sleep(0.01)
+
+
+async def test_with_a_prefill_queue_the_tokens_are_the_same(tmp_path: Path) -> None:
+    async with queued(tmp_path, "p0", "p1") as made:
+        asked = [request(prompt_of(n, n)) for n in (1, 7, 8, 9, 64, 65, 200)]
+        for _round in range(2):
+            streams = [made.submit(one, "d0") for one in asked]
+            for stream, one in zip(streams, asked, strict=True):
+                assert await made.answer(stream) == await made.expected(one, "a0")
+        decode = made.nodes["d0"]
+        assert decode.fallbacks() == {}
+        assert dict(decode.service.meters.counts().queue_jobs) == {"granted": 14}
+
+
+@pytest.mark.parametrize("behind", [FillAsk, FillGrant, Offer, Fetching, Fetched])
+async def test_a_job_of_a_prefill_worker_that_is_lost_costs_no_answer(
+    tmp_path: Path, behind: type[Message]
+) -> None:
+    async with queued(tmp_path, "p0", "p1") as made:
+        asked = request(prompt_of(3, 90))
+        expected = await made.expected(asked, "a0")
+        killed: list[asyncio.Task[None]] = []
+
+        def hook(message: Message) -> None:
+            busy = [name for name in ("p0", "p1") if works(made, name)]
+            if isinstance(message, behind) and busy and not killed:
+                killed.append(asyncio.create_task(made.kill(busy[0])))
+
+        made.after_message = hook
+        assert await made.answer(made.submit(asked, "d0")) == expected
+        await asyncio.gather(*killed)
+        assert killed, "nobody was lost"
+
+
+@pytest.mark.parametrize("behind", [None, FillGrant, Offer])
+async def test_an_abort_of_a_queued_request_leaves_nothing(
+    tmp_path: Path, behind: type[Message] | None
+) -> None:
+    async with queued(tmp_path, "p0") as made:
+        sent: list[int] = []
+
+        def hook(message: Message) -> None:
+            if behind is not None and isinstance(message, behind) and sent:
+                made.abort(sent[0], "d0")
+
+        made.after_message = hook
+        sent.append(made.submit(request(prompt_of(3, 90), max_tokens=400), "d0"))
+        if behind is None:
+            made.abort(sent[0], "d0")
+        await made.client.until(lambda: sent[0] in made.client.last)
+        assert made.client.last[sent[0]].finish_reason is FinishReason.ABORT

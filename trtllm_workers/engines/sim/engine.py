@@ -85,6 +85,7 @@ class SimEngine:
         self._memory: KvPool | None = None
         self._timer: asyncio.Handle | None = None
         self._step: Step | None = None
+        self._firsts: list[tuple[Stream, TokenChunk]] = []  # of resumed streams, not delivered yet
         self._due_s = 0.0
         self._num_accepted = 0
         self._death: EngineDead | None = None
@@ -202,8 +203,8 @@ class SimEngine:
             raise EngineError(f"request {request_id}: the sim engine {self._state()}")
         stream = started.scheduler.resume(request_id, first, deliver)
         if first is not None:
-            # Before any token of the stream's own: those come with a later turn.
-            started.loop.call_soon(self._deliver_first, started, stream, first)
+            self._firsts.append((stream, first))
+            started.loop.call_soon(self._deliver_firsts, started)
         self._wake(started)
 
     def abort(self, request_id: str) -> None:
@@ -283,9 +284,11 @@ class SimEngine:
             self._due_s = started.loop.time()
             self._timer = started.loop.call_soon(self._tick, started)
 
-    def _deliver_first(self, started: _Started, stream: Stream, first: TokenChunk) -> None:
-        if stream.phase is not Phase.ENDED:
-            started.scheduler.deliver(stream, first)
+    def _deliver_firsts(self, started: _Started) -> None:
+        firsts, self._firsts = self._firsts, []
+        for stream, first in firsts:
+            if stream.phase is not Phase.ENDED:
+                started.scheduler.deliver(stream, first)
 
     def _tick(self, started: _Started) -> None:
         """End the step in flight and begin the next."""
@@ -296,6 +299,9 @@ class SimEngine:
 
     def _turn(self, started: _Started) -> None:
         scheduler, cost, loop = started.scheduler, started.cost, started.loop
+        # Before any token of the stream's own. A loop may run a timer that is due before a callback
+        # that was to be called soon, so the order of the two is not to be relied on.
+        self._deliver_firsts(started)
         if self._step is not None:
             step, self._step = self._step, None
             scheduler.finish(step)

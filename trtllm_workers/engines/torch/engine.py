@@ -117,10 +117,11 @@ class TorchEngine:
             check_first(stream.request, first, info)
         stream.deliver = deliver
         stream.phase = Phase.STREAMING
-        runner.order(Resume(stream, first))
         if first is not None:
-            # Not through the thread: the first token need not wait for the step at hand.
+            # Not through the thread: the first token need not wait for the step at hand. Before the
+            # order: what the thread makes of that is called after this.
             loop.call_soon(self._deliver, stream, first)
+        runner.order(Resume(stream, first))
 
     def prefill_reserved(
         self, request_id: str, num_filled_blocks: int, deliver: DeliverPrefilled

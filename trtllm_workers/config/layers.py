@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Layers:
         try:
             if isinstance(given, str):
                 # Choices are words; nobody means another engine by writing it in capitals.
-                text = given.strip().casefold() if option.choices else given
+                text = _word(given, option.choices) if option.choices else given
                 value = parse(text, option.kind)
             else:
                 value = coerce(given, option.kind)
@@ -86,6 +86,13 @@ class Layers:
             text = environ.get(other, "").strip()
             if other != used[0] and text and text != used[1].strip():
                 self.warnings.append(f"environment {other} is ignored: {used[0]} is set as well")
+
+
+def _word(given: str, choices: Collection[str]) -> str:
+    """Return a choice in our spelling: ``round-robin`` is ``round_robin``."""
+    text = given.strip().casefold()
+    ours = text.replace("-", "_")
+    return ours if ours in choices else text
 
 
 def file_problem(path: Path | None) -> str | None:

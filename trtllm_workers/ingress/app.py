@@ -252,8 +252,8 @@ def _worker(worker: Worker) -> dict[str, Any]:
         shown["max_prompt_len"] = engine.max_prompt_len
     if engine.loras:
         shown["loras"] = engine.loras
-    if worker.problem:
-        shown["problem"] = worker.problem
+    if worker.refused or worker.problem:
+        shown["problem"] = worker.refused or worker.problem
     if worker.load is not None:
         shown["stats"] = worker.load.stats
         if worker.load.pairs:

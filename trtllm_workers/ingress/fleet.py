@@ -164,6 +164,9 @@ class Fleet:
             served.refresh()
             served.has_been_whole |= served.text is not None and served.whole
         for worker in self._workers.values():
+            if worker.refused and worker.refused not in self._clashes_told:
+                self._clashes_told.add(worker.refused)
+                log.error("worker refused", worker_id=worker.worker_id, reason=worker.refused)
             pool = self.placer.pool_of(worker)
             pool.set_open(worker.record.address, worker.takes_requests)
         self.changed.set()

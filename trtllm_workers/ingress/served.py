@@ -24,7 +24,8 @@ class Worker:
     """One worker as this ingress sees it. ``in_flight`` counts our own streams on it.
 
     ``events_turn`` numbers our asks for its KV events; ``waits_for_events`` is true while the router
-    needs a snapshot of them that has not come. ``decisions`` counts choices of it by router mode.
+    needs a snapshot of them that has not come. ``refused`` says why it may not serve its model's name.
+    ``decisions`` counts choices of it by router mode.
     """
 
     def __init__(self, record: WorkerRecord) -> None:
@@ -38,6 +39,7 @@ class Worker:
         self.ready_pairs: frozenset[Address] = frozenset()
         self.events_turn = 0
         self.waits_for_events = False
+        self.refused = ""
         self.num_resyncs = 0
         self.decisions: Counter[str] = Counter()
         self.overlap_tokens = 0
@@ -56,7 +58,12 @@ class Worker:
     @property
     def takes_requests(self) -> bool:
         """True while a new request may be sent to it."""
-        return self.peer is not None and not self.draining and not self.waits_for_events
+        return (
+            self.peer is not None
+            and not self.draining
+            and not self.waits_for_events
+            and not self.refused
+        )
 
     @property
     def state(self) -> str:
@@ -65,6 +72,8 @@ class Worker:
             return "unreachable"
         if self.draining:
             return "draining"
+        if self.refused:
+            return "refused"
         return "without KV events" if self.waits_for_events else "ready"
 
     def count_decision(self, choice: Choice) -> None:
@@ -117,6 +126,7 @@ class Served:
         ``holders`` are the makers that a request may go to (None: all of the model's), and
         ``paired_makers`` those of them that need not prefill alone (None: all, or none).
         """
+        self._refuse_strangers()
         makers = self.makers
         prefills = [worker for worker in self.workers if worker.role is Role.PREFILL]
         self.by_address = {worker.record.address: worker for worker in self.workers}
@@ -126,6 +136,20 @@ class Served:
         paired = [worker for worker in makers if self.can_prefill_for(worker)]
         some = 0 < len(paired) < len(makers)
         self.paired_makers = _addresses(paired) if some else None
+
+    def _refuse_strangers(self) -> None:
+        """Let only workers of one checkpoint serve one name: that of the worker that came first."""
+        if self.base is not None or not self.workers:
+            return
+        first = min(self.workers, key=lambda worker: worker.record.started_at_s).record
+        for worker in self.workers:
+            theirs = worker.record.engine.model_id
+            worker.refused = (
+                ""
+                if theirs == first.engine.model_id
+                else f"it serves another checkpoint ({theirs}) under the name '{self.name}' than "
+                f"{first.worker_id} ({first.engine.model_id}); give it another --served-model-name"
+            )
 
     @property
     def base_name(self) -> str:
@@ -198,7 +222,7 @@ class Served:
         if self.text is None:
             return self.text_side.problem
         problems = [
-            f"worker {worker.worker_id} is {worker.state}: {worker.problem}"
+            f"worker {worker.worker_id} is {worker.state}: {worker.refused or worker.problem}"
             for worker in self.workers
             if not worker.takes_requests
         ]

@@ -298,3 +298,30 @@ async def test_a_client_that_leaves_aborts_its_streams_at_once(
         metrics = (await playing.client.get("/metrics")).text
     assert 'aborted_requests_total{cause="client_left"} 2.0' in metrics
     assert 'status="499"} 2.0' in metrics
+
+
+async def test_another_checkpoint_of_the_same_name_is_not_mixed_in(
+    checkpoint: Path, tokenizer: Tokenizer
+) -> None:
+    first = FakeWorker(record(checkpoint, "w0"), says(tokenizer, ANSWER))
+    stranger = FakeWorker(
+        msgspec.structs.replace(
+            record(checkpoint, "w1", model_id="other weights"), started_at_s=1_800_000_000.0
+        ),
+        says(tokenizer, "Something else."),
+    )
+    async with stage(first, stranger) as playing:
+        await playing.until(lambda: len(playing.fleet.models["test/tiny"].workers) == 2)
+        for _ in range(6):
+            assert (await playing.chat()).status_code == 200
+        assert len(first.submits) == 6
+        assert not stranger.submits
+        workers = (await playing.client.get("/health")).json()["models"]["test/tiny"]["workers"]
+        told = next(one for one in workers if one["worker_id"] == "w1")
+        assert told["state"] == "refused"
+        assert "other weights" in told["problem"]
+        assert "--served-model-name" in told["problem"]
+        playing.discovery.show(stranger.record)  # the first one is gone: now the name is its
+        await playing.until(lambda: len(playing.fleet.models["test/tiny"].workers) == 1)
+        assert (await playing.chat()).status_code == 200
+        assert len(stranger.submits) == 1

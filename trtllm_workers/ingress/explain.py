@@ -39,11 +39,11 @@ def wants_route(header: bytes | None) -> bool:
 
 def route_header(decision: Decision) -> bytes:
     """Return one header value: who, with how much of the prompt cached, and why."""
-    parts = [f"strategy={decision.strategy}", _one("prefill", decision.prefill)]
-    name = "worker" if decision.strategy == "aggregated" else "decode"
-    parts += [_one(name, decision.maker)]
+    prefill = _one("prefill", decision.prefill)
     if decision.why_local:
-        parts.append(f"prefill-by-decode={decision.why_local!r}")
+        prefill = f"prefill=none chosen ({decision.why_local})"
+    name = "worker" if decision.strategy == "aggregated" else "decode"
+    parts = [f"strategy={decision.strategy}", prefill, _one(name, decision.maker)]
     line = "; ".join(part for part in parts if part)
     return line.encode("ascii", "replace").replace(b"\r", b" ").replace(b"\n", b" ")
 

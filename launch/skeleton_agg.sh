@@ -16,7 +16,7 @@ step="${1:-}"
 export ENGINE="${ENGINE:-sim}" ROUTER_MODE="${ROUTER_MODE:-kv}" HTTP_HOST="${HTTP_HOST:-0.0.0.0}"
 case "$step" in
   ingress) exec "$cli" ingress --plane-host 0.0.0.0 "${@:2}" ;;
-  worker) exec "$cli" worker --worker-id "$(uname -n)" --host 0.0.0.0 "${@:2}" ;;
+  worker) exec "$cli" worker --worker-id "$(uname -n)" --plane-host 0.0.0.0 "${@:2}" ;;
 esac
 echo "usage: ${0##*/} ingress|worker [options of 'trtllm-launch ingress' or 'worker']" >&2
 exit 2

@@ -19,7 +19,7 @@ export PREFILL_DISPATCH="${PREFILL_DISPATCH:-queue}" KV_TRANSPORT="${KV_TRANSPOR
 case "$role" in
   ingress) exec "$cli" ingress --plane-host 0.0.0.0 "${@:2}" ;;
   prefill | decode)
-    exec "$cli" worker --role "$role" --worker-id "$role-$(uname -n)" --host 0.0.0.0 "${@:2}"
+    exec "$cli" worker --role "$role" --worker-id "$role-$(uname -n)" --plane-host 0.0.0.0 "${@:2}"
     ;;
 esac
 echo "usage: ${0##*/} ingress|decode|prefill [options of 'trtllm-launch ingress' or 'worker']" >&2

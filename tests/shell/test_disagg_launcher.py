@@ -105,11 +105,11 @@ def test_variables_choose_strategy_workers_configs_and_devices(model: Path, tmp_
 
 
 def test_unknown_strategy_is_refused_with_the_two_names(model: Path) -> None:
-    done = run(model, DISAGGREGATION_STRATEGY="decode-first")
+    done = run(model, DISAGGREGATION_STRATEGY="decode_frist")
     assert done.returncode == 2
     assert done.stderr == (
         "trtllm-launch: environment DISAGGREGATION_STRATEGY: must be one of decode_first, "
-        "prefill_first, not 'decode-first' (did you mean 'decode_first'?)\n"
+        "prefill_first, not 'decode_frist' (did you mean 'decode_first'?)\n"
     )
 
 

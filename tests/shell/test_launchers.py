@@ -22,11 +22,11 @@ WORDS = {
 # Those whose first word says which step of a deployment on several hosts they are.
 STEPS = {
     ("skeleton_agg.sh", "ingress"): ["ingress", "--plane-host", "0.0.0.0"],
-    ("skeleton_agg.sh", "worker"): ["worker", "--worker-id", HERE, "--host", "0.0.0.0"],
+    ("skeleton_agg.sh", "worker"): ["worker", "--worker-id", HERE, "--plane-host", "0.0.0.0"],
     ("skeleton_disagg.sh", "ingress"): ["ingress", "--plane-host", "0.0.0.0"],
     **{
         ("skeleton_disagg.sh", role): [
-            *("worker", "--role", role, "--worker-id", f"{role}-{HERE}", "--host", "0.0.0.0")
+            *("worker", "--role", role, "--worker-id", f"{role}-{HERE}", "--plane-host", "0.0.0.0")
         ]
         for role in ("prefill", "decode")
     },

@@ -17,16 +17,6 @@ from trtllm_workers.cli.part import ADVERTISE_HOST, DRY_RUN_HELP, STATUS_FILE
 from trtllm_workers.config.options import Option
 from trtllm_workers.deploy.names import INGRESS_OPTIONS
 
-PLANE_HOST = Option(
-    name="plane_host",
-    flag="--plane-host",
-    env=(),
-    default="127.0.0.1",
-    kind=str,
-    metavar="HOST",
-    help="Address where workers' tokens arrive; other hosts need more than loopback.",
-    group="planes",
-)
 PLANE_PORT = Option(
     name="plane_port",
     flag="--plane-port",
@@ -43,7 +33,7 @@ PLANE_PORT = Option(
 
 @click.command("ingress", cls=GroupedCommand, variables=secret_variables(INGRESS_OPTIONS))
 @table_options(INGRESS_OPTIONS)
-@own_options(PLANE_HOST, PLANE_PORT, ADVERTISE_HOST, STATUS_FILE)
+@own_options(PLANE_PORT, ADVERTISE_HOST, STATUS_FILE)
 @click.option("--dry-run", is_flag=True, help=DRY_RUN_HELP)
 def command(dry_run: bool, **values: Any) -> int:
     """Run one ingress: the OpenAI-compatible HTTP process."""
@@ -72,7 +62,7 @@ def command(dry_run: bool, **values: Any) -> int:
         print(show_settings(settings, INGRESS_OPTIONS))
         return 0
     begin_logs("ingress", settings)
-    plane_host = own_value(PLANE_HOST, values["plane_host"])
+    plane_host = settings.plane_host
     plane_port = own_value(PLANE_PORT, values["plane_port"])
 
     # These load for half a second; everything that could be wrong was found before.

@@ -51,10 +51,11 @@ HOST = Option(
     name="host",
     flag="--host",
     env=(),
-    default="127.0.0.1",
+    default=None,
+    default_text="--plane-host",
     kind=str,
     metavar="HOST",
-    help="Address where requests arrive; other hosts need more than loopback.",
+    help="The same, for this worker alone.",
     group="planes",
 )
 PORT = Option(
@@ -176,6 +177,7 @@ def command(dry_run: bool, **values: Any) -> int:
         StatusFile(status_file).report("starting")
     role, host, port = (own_value(one, values[one.name]) for one in (ROLE, HOST, PORT))
     prepared = prepare_worker(explicit(values), environ, Role(role))
+    host = host or prepared.settings.plane_host
     settings, engine_config = prepared.settings, prepared.engine_configs[Role(role)]
     worker_id = own_value(WORKER_ID, values["worker_id"])
     discovery = discovery_of(settings)

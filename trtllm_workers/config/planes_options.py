@@ -61,6 +61,16 @@ PLANES_OPTIONS: tuple[Option, ...] = (
         group=_GROUP,
     ),
     Option(
+        name="plane_host",
+        flag="--plane-host",
+        env=("PLANE_HOST",),
+        default="127.0.0.1",
+        kind=str,
+        metavar="HOST",
+        help="Address where processes reach each other; 0.0.0.0 lets other hosts in.",
+        group=_GROUP,
+    ),
+    Option(
         name="namespace",
         flag="--namespace",
         env=("NAMESPACE", "DYN_NAMESPACE"),

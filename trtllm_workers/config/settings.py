@@ -97,6 +97,7 @@ class Settings:
     router_ttl_s: float
     discovery: str | None
     etcd_endpoints: str | None
+    plane_host: str
     namespace: str
     etcd_username: str | None
     etcd_password: str | None = field(repr=False)

@@ -22,6 +22,7 @@ from trtllm_workers.lint.migrate import (
     OVERLAP,
     OVERLAP_NOW,
     USE_GRAPHS,
+    USE_GRAPHS_INSIDE,
     migrated,
     old_keys,
 )
@@ -108,6 +109,8 @@ def _step(lines: list[str], mapping: YamlMapping, old: str, name: str) -> str:
         return f"{OVERLAP} is now {OVERLAP_NOW}: {'true' if value else 'false'}"
     if old == USE_GRAPHS:
         return _graphs_switch(lines, mapping, item, at, end)
+    if old == USE_GRAPHS_INSIDE:
+        return _inner_graphs_switch(lines, mapping, item, at, end)
     home, _, new_key = MOVED[old].rpartition(".")
     target = next((one for one in mapping.items if one.key == home), None)
     there = isinstance(target.value, YamlMapping) if target is not None else False
@@ -143,6 +146,21 @@ def _graphs_switch(
     ):  # from below, so that lines keep their places
         del lines[other.line - 1 : _end_of(lines, other)]
     return f"{USE_GRAPHS}: false is now {GRAPHS}: null"
+
+
+def _inner_graphs_switch(
+    lines: list[str], mapping: YamlMapping, item: YamlItem, at: int, end: int
+) -> str:
+    section = next(one for one in mapping.items if one.key == GRAPHS)
+    header = section.line - 1
+    if not _truth(item):
+        lines[header : _end_of(lines, section)] = [_with(lines[header], section, GRAPHS, "null")]
+        return f"{USE_GRAPHS_INSIDE}: false is now {GRAPHS}: null"
+    assert isinstance(section.value, YamlMapping), "old_keys looks into mappings only"
+    del lines[at:end]
+    if len(section.value.items) == 1:  # an empty section would read as null, which is off
+        lines[header] = _with(lines[header], section, GRAPHS, "{}")
+    return f"{USE_GRAPHS_INSIDE} is gone: graphs are on unless {GRAPHS} is null"
 
 
 def _insert_into(

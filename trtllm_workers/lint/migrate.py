@@ -10,6 +10,8 @@ OVERLAP = "enable_overlap_scheduler"
 OVERLAP_NOW = "disable_overlap_scheduler"
 USE_GRAPHS = "use_cuda_graph"
 GRAPHS = "cuda_graph_config"
+# The old switch, written into the new section.
+USE_GRAPHS_INSIDE = f"{GRAPHS}.{USE_GRAPHS}"
 
 # Old dotted key → where its value belongs now.
 MOVED = {
@@ -32,6 +34,8 @@ MOVED = {
 def old_keys(config: dict[str, Any]) -> list[str]:
     """Return the old keys that stand in a config, dotted, the ones that hold others first."""
     found = [key for key in (FLATTENED, OVERLAP, USE_GRAPHS) if key in config]
+    if isinstance(config.get(GRAPHS), dict) and USE_GRAPHS in config[GRAPHS]:
+        found.append(USE_GRAPHS_INSIDE)
     for old in MOVED:
         section, _, key = old.rpartition(".")
         inner = config.get(section) if section else config
@@ -49,6 +53,8 @@ def migrated(config: dict[str, Any]) -> dict[str, Any]:
     if OVERLAP in new:
         new.setdefault(OVERLAP_NOW, not new.pop(OVERLAP))
     graphs_off = USE_GRAPHS in new and not new.pop(USE_GRAPHS)
+    if isinstance(new.get(GRAPHS), dict) and USE_GRAPHS in new[GRAPHS]:
+        graphs_off |= not new[GRAPHS].pop(USE_GRAPHS)
     for old, now in MOVED.items():
         section, _, key = old.rpartition(".")
         inner = new.get(section) if section else new

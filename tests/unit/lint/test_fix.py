@@ -38,6 +38,15 @@ def fixed(text: str) -> str:
         ("enable_overlap_scheduler: off\n", "disable_overlap_scheduler: true\n"),
         ("use_cuda_graph: false\n", "cuda_graph_config: null\n"),
         (
+            "cuda_graph_config: # on\n  use_cuda_graph: true\n  batch_sizes: [1, 2]\nx: 1\n",
+            "cuda_graph_config: # on\n  batch_sizes: [1, 2]\nx: 1\n",
+        ),
+        ("cuda_graph_config:\n  use_cuda_graph: yes\n", "cuda_graph_config: {}\n"),
+        (
+            "cuda_graph_config:\n  batch_sizes: [1]\n  use_cuda_graph: false\nx: 1\n",
+            "cuda_graph_config: null\nx: 1\n",
+        ),
+        (
             "use_cuda_graph: false\ncuda_graph_padding_enabled: true\nx: 1\n",
             "cuda_graph_config: null\nx: 1\n",
         ),

@@ -22,12 +22,12 @@ setup-dev: .venv/.dev ## add what the tests and checks need
 .venv/.serve: pyproject.toml | .venv/bin/python
 	@echo "setup: installing torch and trtllm-launch into .venv (once)"
 	@$(PY)/python -m pip install -q $(TORCH)
-	@$(PY)/python -m pip install -q -e '.[torch,ucx,mpi,nats]'
+	@$(PY)/python -m pip install -q -e '.[torch,ucx,mpi,nats,etcd]'
 	@touch $@
 
 .venv/.dev: .venv/.serve
 	@echo "setup: installing what the tests need into .venv (once)"
-	@$(PY)/python -m pip install -q -e '.[nixl,etcd]' --group dev
+	@$(PY)/python -m pip install -q -e '.[nixl]' --group dev
 	@touch $@
 
 test: .venv/.dev ## set up what is missing, then run all tests that need no GPU

@@ -131,7 +131,7 @@ def make_app(dispatcher: Dispatcher, fleet: Fleet, metrics: Metrics) -> IngressA
     async def show_metrics() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
-    add_routes(app, fleet, dispatcher.rehearse)
+    add_routes(app, fleet, dispatcher.rehearse, dispatcher.max_body_bytes)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -349,6 +349,11 @@ class Dispatcher:
             answer.fail(Unavailable(reason), cause="shutdown")
 
     @property
+    def max_body_bytes(self) -> int:
+        """Larger request bodies are refused."""
+        return self._settings.max_body_bytes
+
+    @property
     def num_answers(self) -> int:
         """Answers that have not ended."""
         return len(self._answers)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 
-from trtllm_workers.errors import LaunchError, RequestError
+from trtllm_workers.errors import LaunchError, RequestError, TooLarge
 from trtllm_workers.ingress.fleet import Fleet
 from trtllm_workers.ingress.placing import Decision
 from trtllm_workers.ingress.responses import error_body
@@ -83,7 +83,7 @@ def _choice(choice: Choice) -> dict[str, Any]:
     }
 
 
-def add_routes(app: FastAPI, fleet: Fleet, rehearse: Rehearse) -> None:
+def add_routes(app: FastAPI, fleet: Fleet, rehearse: Rehearse, max_body_bytes: int) -> None:
     """Add the routes under ``/router``."""
 
     @app.get("/router")
@@ -123,9 +123,19 @@ def add_routes(app: FastAPI, fleet: Fleet, rehearse: Rehearse) -> None:
     @app.post("/router/explain")
     async def explain(request: Request) -> Response:
         try:
-            return _json(shown(await rehearse(await request.body())))
+            return _json(shown(await rehearse(await _body(request, max_body_bytes))))
         except LaunchError as error:
             return _error(error)
+
+
+async def _body(request: Request, max_bytes: int) -> bytes:
+    """Return the request's body. Raises TooLarge without holding more than ``max_bytes``."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > max_bytes:
+            raise TooLarge(f"the request body is over {max_bytes} bytes")
+    return bytes(body)
 
 
 def _worker(fleet: Fleet, worker: Worker) -> dict[str, Any]:

@@ -265,4 +265,6 @@ async def test_a_route_is_told_only_when_asked_for_and_unknown_requests_are_said
         assert last["maker"]["mode"] == "least_loaded"
         wrong = await playing.client.post("/router/explain", content=b"{")
         assert wrong.status_code == 400
+        huge = await playing.client.post("/router/explain", content=b"x" * (17 << 20))
+        assert huge.status_code == 413
         assert not w0.turns, "nobody follows events in this mode"

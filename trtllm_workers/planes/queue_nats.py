@@ -151,17 +151,20 @@ class NatsQueue:
         taking, self._taking = self._taking, None
         if taking is None or not self.connected:
             return
+        subscription = taking._sub
         with contextlib.suppress(Error, OSError, TimeoutError):
-            # Nobody listens any more, so the server forgets what we asked for.
-            await taking.unsubscribe()
+            # The server forgets what we asked for. What it has sent by then arrives before its answer, and
+            # still finds our end: nats-py's own unsubscribe would drop it.
+            await self._client._send_unsubscribe(subscription._id)
             await self._client.flush(timeout=_ANSWER_TIMEOUT_S)
-        pending = (
-            taking._sub._pending_queue
-        )  # nats-py has no way to get what fetch did not wait for
+        # nats-py has no way to get what fetch did not wait for
+        pending = subscription._pending_queue
         while not pending.empty():
             message = pending.get_nowait()
             if message.reply:
                 await _NatsItem(message).nak()
+        with contextlib.suppress(Error, OSError):
+            await taking.unsubscribe()
 
     async def close(self) -> None:
         if self._closed:

@@ -28,11 +28,12 @@ COMMANDS = {
     "explain": "Say where the router sent requests, and why.",
     "ps": "List runs and their processes.",
     "stop": "End a run, with everything it started.",
+    "slurm": "Run on SLURM: plan, run, status, stop, probe.",
     "lint": "Check engine configs for TensorRT-LLM: keys, roles, pairs, memory.",
     "doctor": "Check this machine: what is there, what is missing, how to get it.",
 }
 # Started by 'up' alone; help does not list them.
-INTERNAL = ("nats",)
+INTERNAL = ("nats", "etcd")
 _EXIT_CONFIGURATION = 2
 _DEBUG = "TRTLLM_LAUNCH_DEBUG"
 

@@ -30,9 +30,21 @@ FOLDER = Option(
 )
 
 
+HOST = Option(
+    name="host",
+    flag="--host",
+    env=(),
+    default="127.0.0.1",
+    kind=str,
+    metavar="HOST",
+    help="Address it listens on; workers on other hosts need one that they reach.",
+    group="",
+)
+
+
 @click.command("nats", cls=GroupedCommand, variables=secret_variables(NATS_OPTIONS))
 @table_options(NATS_OPTIONS)
-@own_options(FOLDER, STATUS_FILE)
+@own_options(FOLDER, HOST, STATUS_FILE)
 def command(**values: Any) -> int:
     """Run a NATS server for the prefill queue of one run."""
     import asyncio
@@ -50,5 +62,6 @@ def command(**values: Any) -> int:
     begin_logs("nats", settings)
     secret = secret_of(settings)
     folder = own_value(FOLDER, values["folder"]).absolute()
-    asyncio.run(run_nats(folder, queue_token(secret), status))
+    host = own_value(HOST, values["host"])
+    asyncio.run(run_nats(folder, queue_token(secret), status, host))
     return 0

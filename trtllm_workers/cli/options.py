@@ -21,6 +21,7 @@ _TITLES = {
     "disaggregation": "Disaggregation",
     "router": "Router",
     "planes": "Planes",
+    "slurm": "SLURM",
     "logs": "Runs and logs",
     "": "This command",
 }

@@ -56,7 +56,7 @@ DISAGGREGATION_OPTIONS: tuple[Option, ...] = (
     Option(
         name="prefill_engine_config",
         flag="--prefill-engine-config",
-        env=("PREFILL_ENGINE_ARGS",),
+        env=("PREFILL_ENGINE_ARGS", "PREFILL_ENGINE_CONFIG"),
         default=None,
         default_text="engine_configs/prefill.yaml",
         kind=Path,
@@ -67,7 +67,7 @@ DISAGGREGATION_OPTIONS: tuple[Option, ...] = (
     Option(
         name="decode_engine_config",
         flag="--decode-engine-config",
-        env=("DECODE_ENGINE_ARGS",),
+        env=("DECODE_ENGINE_ARGS", "DECODE_ENGINE_CONFIG"),
         default=None,
         default_text="engine_configs/decode.yaml",
         kind=Path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,17 @@ from trtllm_workers.config.values import coerce, form, parse, problem, shown
 class Layers:
     """Values and sources being collected, and every problem met on the way."""
 
-    def __init__(self, explicit: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        explicit: Mapping[str, Any],
+        environ: Mapping[str, str],
+        options: Sequence[Option] = LAUNCH_OPTIONS,
+    ) -> None:
         self.values: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
         self.problems: list[tuple[str, str]] = []
         self.warnings: list[str] = []
-        for option in LAUNCH_OPTIONS:
+        for option in options:
             self._take(option, explicit.get(option.name), environ)
 
     def given(self, name: str) -> bool:

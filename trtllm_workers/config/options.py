@@ -23,6 +23,7 @@ GROUPS = (
     "disaggregation",
     "router",
     "planes",
+    "slurm",
     "logs",
 )
 
@@ -74,7 +75,7 @@ LAUNCH_OPTIONS: tuple[Option, ...] = (
     Option(
         name="engine_config",
         flag="--engine-config",
-        env=("AGG_ENGINE_ARGS",),
+        env=("AGG_ENGINE_ARGS", "ENGINE_CONFIG"),
         default=None,
         default_text="engine_configs/agg.yaml",
         kind=Path,

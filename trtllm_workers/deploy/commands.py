@@ -11,6 +11,7 @@ from trtllm_workers.config.options import LAUNCH_OPTIONS, Option
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.deploy.names import (
     ENGINE_CONFIG_OF,
+    ETCD_OPTIONS,
     INGRESS_OPTIONS,
     NATS,
     NATS_OPTIONS,
@@ -63,6 +64,12 @@ def nats_argv(settings: Settings, discovery: str, folder: Path) -> list[str]:
     """Return the arguments (after the interpreter) of the run's own NATS server."""
     flags = _flags(settings, NATS_OPTIONS)
     return [*_PYTHON, "nats", "--folder", str(folder), *flags, "--discovery", discovery]
+
+
+def etcd_argv(settings: Settings, folder: Path, host: str) -> list[str]:
+    """Return the arguments (after the interpreter) of a job's own etcd, which listens on ``host``."""
+    flags = _flags(settings, ETCD_OPTIONS)
+    return [*_PYTHON, "etcd", "--folder", str(folder), "--host", host, *flags]
 
 
 def worker_argv(

@@ -42,8 +42,14 @@ _QUEUE = (
 )
 # The role of the NATS server that a run starts for itself, and its name.
 NATS = "nats"
+# The role of the etcd server that a job on several hosts starts for itself, and its name.
+ETCD = "etcd"
+# What serves the others rather than requests for tokens.
+SERVICES = frozenset({"ingress", NATS, ETCD})
 # Of the NATS server that a run starts for itself.
 NATS_OPTIONS = (*_MEETING, "log_level", "log_format")
+# Of the etcd that a job starts for itself: it is what the others meet in.
+ETCD_OPTIONS = ("cluster_secret", "log_level", "log_format")
 INGRESS_OPTIONS = (
     "http_host",
     "http_port",

@@ -1,7 +1,7 @@
 """The NATS server of one run: its program, its config file, its life beside the process that owns it.
 
-Listens on loopback alone, on a free port, and asks for a token that every process of the cluster can
-work out from the cluster secret, so nothing secret stands on a command line.
+Listens on loopback alone unless the run has several hosts, on a free port, and asks for a token that every
+process of the cluster can work out from the cluster secret, so nothing secret stands on a command line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trtllm_workers.observe.status import StatusFile
 log = get_logger(__name__)
 
 _PROGRAM = "nats-server"
-_HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 _START_TIMEOUT_S = 20.0
 _END_TIMEOUT_S = 5.0
 _LOOK_S = 0.02
@@ -40,7 +40,7 @@ def nats_program() -> str:
     return str(beside) if os.access(beside, os.X_OK) else shutil.which(_PROGRAM) or ""
 
 
-async def run_nats(folder: Path, token: str, status: StatusFile) -> None:
+async def run_nats(folder: Path, token: str, status: StatusFile, host: str = LOOPBACK) -> None:
     """Run a server until SIGTERM or SIGINT. Its files go into ``folder``, which must not be shared.
 
     Raises ConfigError when there is no program, StartError when it does not start or ends by itself.
@@ -56,19 +56,19 @@ async def run_nats(folder: Path, token: str, status: StatusFile) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    config = _write_config(folder, token)
+    config = _write_config(folder, token, host)
     server = await asyncio.create_subprocess_exec(
         program,
         *("-c", str(config)),
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
     )
     speaking = asyncio.create_task(_pass_on(server))
     ended = asyncio.ensure_future(server.wait())
     stopped = asyncio.ensure_future(stop.wait())
     try:
-        url = await _url(folder, ended, stopped)
+        url = await _url(folder, host, ended, stopped)
         if url:
             status.report("listening", detail=url)
             log.info("NATS server started", url=url, program=program)
@@ -78,18 +78,18 @@ async def run_nats(folder: Path, token: str, status: StatusFile) -> None:
         status.report("draining")
     finally:
         stopped.cancel()
-        await _end(server, ended)
+        await end_server(server, ended)
         await speaking
 
 
-def _write_config(folder: Path, token: str) -> Path:
+def _write_config(folder: Path, token: str, host: str) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for old in folder.glob("*.ports"):
         old.unlink()
     path = folder / "nats.conf"
     text = "\n".join(
         [
-            f'host: "{_HOST}"',
+            f"host: {json.dumps(host)}",
             "port: -1",
             f"authorization: {{ token: {json.dumps(token)} }}",
             f"jetstream: {{ store_dir: {json.dumps(str(folder))} }}",
@@ -103,7 +103,9 @@ def _write_config(folder: Path, token: str) -> Path:
     return path
 
 
-async def _url(folder: Path, ended: asyncio.Future[int], stopped: asyncio.Task[Any]) -> str:
+async def _url(
+    folder: Path, host: str, ended: asyncio.Future[int], stopped: asyncio.Task[Any]
+) -> str:
     """Wait until the server has told its port and answers there; "" when told to stop before."""
     deadline = asyncio.get_running_loop().time() + _START_TIMEOUT_S
     while not stopped.done():
@@ -111,7 +113,7 @@ async def _url(folder: Path, ended: asyncio.Future[int], stopped: asyncio.Task[A
             raise StartError(f"nats-server did not start: exit code {ended.result()}, see above")
         with suppress(OSError):
             if url := _told(folder):
-                _, writer = await asyncio.open_connection(_HOST, int(url.rpartition(":")[2]))
+                _, writer = await asyncio.open_connection(host, int(url.rpartition(":")[2]))
                 writer.close()
                 return url
         if asyncio.get_running_loop().time() >= deadline:
@@ -137,7 +139,8 @@ async def _pass_on(server: asyncio.subprocess.Process) -> None:
             sys.stderr.flush()
 
 
-async def _end(server: asyncio.subprocess.Process, ended: asyncio.Future[int]) -> None:
+async def end_server(server: asyncio.subprocess.Process, ended: asyncio.Future[int]) -> None:
+    """Ask a server to end, wait, and end it."""
     if not ended.done():
         with suppress(ProcessLookupError):
             server.terminate()
@@ -148,6 +151,6 @@ async def _end(server: asyncio.subprocess.Process, ended: asyncio.Future[int]) -
         await asyncio.wait({ended})
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Let the kernel end the server when the process that owns it dies; runs in the child."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)

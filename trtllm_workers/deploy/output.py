@@ -143,7 +143,8 @@ class Terminal:
         """Write one line of the process of that name."""
         prefix = f"[{name}]"
         if self._colour:
-            at = self._names.index(name) if name in self._names else 0
+            whose = name.partition("/")[0]
+            at = self._names.index(whose) if whose in self._names else 0
             prefix = f"\x1b[{_COLOURS[at % len(_COLOURS)]}m{prefix}\x1b[0m"
         self._put(f"{prefix} {text}")
 
@@ -225,3 +226,62 @@ class Output:
             text = printable(line)
             self._tail.append(text)
             self._terminal.line(self.name, text)
+
+
+_LABEL = re.compile(r"^ *(\d+): ?(.*)$", re.DOTALL)
+
+
+class RankedOutput(Output):
+    """The output of a step of several ranks, each line with its rank in front (``srun --label``).
+
+    Each rank's lines go into a log of its own, ``NAME.rank3.log``; what srun itself says stays in the
+    step's. ``tail_of`` has the last lines of one rank.
+    """
+
+    def __init__(
+        self, name: str, log: LogFile, terminal: Terminal, open_log: Callable[[Path], LogFile]
+    ) -> None:
+        super().__init__(name, log, terminal)
+        self._open_log = open_log
+        self._ranks: dict[int, tuple[LogFile, deque[str]]] = {}
+
+    def feed(self, chunk: bytes) -> None:
+        """Take bytes as they come from srun."""
+        self._show_all(self._lines.feed(chunk))
+
+    def finish(self) -> None:
+        """Take the step's end."""
+        super().finish()
+        for log, _ in self._ranks.values():
+            log.close()
+
+    def tail_of(self, rank: int) -> list[str]:
+        """Return the last lines of a rank, at most 20."""
+        return list(self._ranks[rank][1]) if rank in self._ranks else []
+
+    def log_of(self, rank: int) -> Path:
+        """Return where a rank's lines go."""
+        return rank_log(self.log.path, rank)
+
+    def _show_all(self, lines: list[bytes]) -> None:
+        for line in lines:
+            text = printable(line)
+            labelled = _LABEL.match(text)
+            if labelled is None:
+                self.log.write(line + b"\n")
+                self._tail.append(text)
+                self._terminal.line(self.name, text)
+                continue
+            rank, rest = int(labelled[1]), labelled[2]
+            if rank not in self._ranks:
+                self._ranks[rank] = (self._open_log(self.log_of(rank)), deque(maxlen=TAIL_LINES))
+            log, tail = self._ranks[rank]
+            log.write(line.partition(b":")[2].removeprefix(b" ") + b"\n")
+            tail.append(rest)
+            self._tail.append(rest)
+            self._terminal.line(f"{self.name}/{rank}", rest)
+
+
+def rank_log(log: Path, rank: int) -> Path:
+    """Return the log of one rank beside the step's own."""
+    return log.with_name(f"{log.stem}.rank{rank}{log.suffix}")

@@ -14,7 +14,7 @@ from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.deploy.commands import ingress_argv, nats_argv, worker_argv
 from trtllm_workers.deploy.mpi import THIS_HOST, MpiHost
-from trtllm_workers.deploy.names import NATS
+from trtllm_workers.deploy.names import NATS, SERVICES
 from trtllm_workers.deploy.run import RunFolder
 from trtllm_workers.deploy.shares import GPU_FRACTION, THREADS, Crew, Share, share_out
 from trtllm_workers.deploy.worlds import Start, Worlds
@@ -64,7 +64,8 @@ class PlannedProcess:
     ``unset`` names variables of the launcher that it must not see. With ``num_ranks`` above 1 the
     command starts an MPI world of so many processes on this host; with ``term_to_leader`` only rank 0
     is asked to end, because what started the world would end all ranks at once. ``is_world``: what it
-    writes about its end may name a rank, wherever the ranks are.
+    writes about its end may name a rank, wherever the ranks are. ``labelled``: each line that it writes
+    has its rank in front. ``nodes``: where its ranks are, in their order, when that is not this host.
     """
 
     name: str
@@ -78,6 +79,14 @@ class PlannedProcess:
     unset: frozenset[str] = frozenset()
     term_to_leader: bool = False
     is_world: bool = False
+    labelled: bool = False
+    nodes: tuple[str, ...] = ()
+    ranks_per_node: int = 1
+
+    def node_of(self, rank: int) -> str:
+        """Return the node of a rank; "" for one on this host."""
+        at = rank // self.ranks_per_node
+        return self.nodes[at] if at < len(self.nodes) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,7 @@ class Plan:
     @property
     def workers_in_words(self) -> str:
         """How many workers there are: ``2 workers``, ``1 prefill worker and 2 decode workers``."""
-        roles = Counter(one.role for one in self.processes if one.role not in ("ingress", NATS))
+        roles = Counter(one.role for one in self.processes if one.role not in SERVICES)
         return " and ".join(
             f"{count}{'' if role == Role.AGGREGATED else f' {role}'} worker{'s' if count > 1 else ''}"
             for role, count in roles.items()

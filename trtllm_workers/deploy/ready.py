@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from trtllm_workers.deploy.names import NATS
+from trtllm_workers.deploy.names import ETCD, NATS
 from trtllm_workers.errors import StartError
 from trtllm_workers.observe.status import Status, read_status
 
@@ -33,7 +33,7 @@ _ATTEMPT_TIMEOUT_S = 30.0
 _RETRY_S = 0.1
 _MAX_ANSWER_BYTES = 256 * 1024
 
-_LAST_STEP = {"ingress": "listening", NATS: "listening"}
+_LAST_STEP = {"ingress": "listening", NATS: "listening", ETCD: "listening"}
 
 
 @dataclass(slots=True)
@@ -132,7 +132,10 @@ def step_in_words(status: Status) -> str:
 
 
 async def climb(
-    ladder: Ladder, status_files: Mapping[str, Path], show: Callable[[str, str], None]
+    ladder: Ladder,
+    status_files: Mapping[str, Path],
+    show: Callable[[str, str], None],
+    read: Callable[[Path], Status | None] = read_status,
 ) -> None:
     """Return once every process is ready; ``show(name, step)`` is told of each advance.
 
@@ -141,7 +144,7 @@ async def climb(
     clock = asyncio.get_running_loop().time
     while True:
         for name, path in status_files.items():
-            status = read_status(path)
+            status = read(path)
             if line := ladder.observe(name, status, clock()):
                 show(name, line)
             if why := ladder.hopeless(name, status):

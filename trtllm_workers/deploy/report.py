@@ -67,6 +67,12 @@ def last_lines(name: str, lines: Sequence[str], log: Path | None) -> str:
     return "\n".join([head, *(f"  | {line}" for line in lines)]) + where
 
 
+def part(name: str, rank: int | None = None, node: str = "") -> str:
+    """Return who it is: ``decode-0``, ``rank 3 of decode-0 on node7``."""
+    who = name if rank is None else f"rank {rank} of {name}"
+    return f"{who} on {node}" if node else who
+
+
 def death(
     name: str,
     status: int,
@@ -77,12 +83,14 @@ def death(
     log: Path | None,
     rank: int | None = None,
     restarted: str = "",
+    node: str = "",
 ) -> str:
     """Return the report about the process, or the one rank of it, whose death ended the run.
 
-    ``restarted`` says how often it had been started again, in words.
+    ``restarted`` says how often it had been started again, in words; ``node`` where it was, when that
+    is not this host.
     """
-    who = name if rank is None else f"rank {rank} of {name}"
+    who = part(name, rank, node)
     again = f"{restarted}\n" if restarted else ""
     return (
         f"{who} {exit_in_words(status)}\n"
@@ -110,7 +118,16 @@ def stuck(
     )
 
 
-def banner(*, run_id: str, model: str, url: str, took_s: float, log_dir: Path) -> str:
+def banner(
+    *,
+    run_id: str,
+    model: str,
+    url: str,
+    took_s: float,
+    log_dir: Path,
+    stop: str = "trtllm-launch stop",
+    look: str = "trtllm-launch ps",
+) -> str:
     """Return what is said once everything is ready."""
     body = {
         "model": model,
@@ -126,8 +143,8 @@ def banner(*, run_id: str, model: str, url: str, took_s: float, log_dir: Path) -
             f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
             f"    -d {shlex.quote(json.dumps(body, ensure_ascii=False))}",
             "",
-            f"  stop     Ctrl-C here, or anywhere: trtllm-launch stop {run_id}",
-            "  look     trtllm-launch ps",
+            f"  stop     Ctrl-C here, or anywhere: {stop} {run_id}",
+            f"  look     {look}",
             f"  logs     {log_dir}",
             rule,
         ]

@@ -17,14 +17,15 @@ from contextlib import suppress
 from typing import Any
 
 from trtllm_workers.deploy import report
-from trtllm_workers.deploy.names import NATS
+from trtllm_workers.deploy.names import SERVICES
 from trtllm_workers.deploy.output import Terminal
 from trtllm_workers.deploy.plan import Plan, PlannedProcess
 from trtllm_workers.deploy.ready import Ladder, climb
 from trtllm_workers.deploy.restarts import Restart, Restarts
+from trtllm_workers.deploy.site import Site
 from trtllm_workers.deploy.supervise import Child, Supervisor
 from trtllm_workers.errors import EngineDead
-from trtllm_workers.observe.status import Status, read_status
+from trtllm_workers.observe.status import Status
 
 # Ranks are found at once, or hidden from us; serving does not wait for them.
 _WORLD_TIMEOUT_S = 1.0
@@ -34,6 +35,7 @@ class Reviver:
     """Keeps the workers of a ready run alive.
 
     ``recorded`` is called when the processes of the run have changed; ``pause`` waits so many seconds.
+    A worker that ``site`` says is lost for good is given up while others of its role go on.
     """
 
     def __init__(
@@ -43,7 +45,10 @@ class Reviver:
         terminal: Terminal,
         recorded: Callable[[], None],
         pause: Callable[[float], Awaitable[None]],
+        site: Site | None = None,
     ) -> None:
+        self._site = site or Site()
+        self._given_up: set[str] = set()
         self._plan = plan
         self._supervisor = supervisor
         self._terminal = terminal
@@ -64,7 +69,7 @@ class Reviver:
         if rung is None or rung.ready:
             return "ready"
         now_s = asyncio.get_running_loop().time()
-        rung.observe(planned.name, read_status(planned.status), now_s)
+        rung.observe(planned.name, self._site.read(planned.status), now_s)
         return rung.step(planned.name)
 
     def restarted_in_words(self, name: str) -> str:
@@ -104,20 +109,54 @@ class Reviver:
         if stop.done() or not death.done() or death.cancelled():
             return
         child = death.result()
-        now_s = asyncio.get_running_loop().time()
-        restart = None
-        if child.plan.role not in ("ingress", NATS):
-            restart = self._restarts.after_death(child.name, now_s)
-        if restart is None:
-            raise fatal(child)
         if earlier := self._tasks.pop(child.name, None):
             earlier.cancel()
             await asyncio.gather(earlier, return_exceptions=True)
+        if child.plan.role in SERVICES:
+            raise fatal(child)
+        if lost := await self._site.lost(child.plan):
+            self._require_others(child, fatal)
+            self._tasks[child.name] = asyncio.create_task(self._give_up(child, lost))
+            return
+        restart = self._restarts.after_death(child.name, asyncio.get_running_loop().time())
+        if restart is None:
+            raise fatal(child)
         self._tasks[child.name] = asyncio.create_task(self._revive(child, restart))
+
+    def _require_others(self, lost: Child, fatal: Callable[[Child], Exception]) -> None:
+        """Raise ``fatal`` of a worker that is lost when no other of its role is left."""
+        self._given_up.add(lost.name)
+        left = [
+            one
+            for one in self._plan.processes
+            if one.role == lost.plan.role and one.name not in self._given_up
+        ]
+        if not left:
+            raise fatal(lost)
+
+    async def _give_up(self, dead: Child, why: str) -> None:
+        """Bury a worker that is lost for good; the others go on."""
+        left = len(
+            [
+                one
+                for one in self._plan.processes
+                if one.role == dead.plan.role and one.name not in self._given_up
+            ]
+        )
+        self._terminal.say(
+            f"{dead.name} is lost: {why}\n"
+            f"it is not started again; {left} {dead.plan.role} worker{'s' if left > 1 else ''} go"
+            f"{'' if left > 1 else 'es'} on"
+        )
+        dead.output.log.write(f"\n--- {dead.name} is lost: {why} ---\n".encode())
+        await self._supervisor.bury(dead)
+        with suppress(OSError):
+            dead.plan.status.unlink()
+        self._recorded()
 
     async def _revive(self, dead: Child, restart: Restart) -> None:
         name, ending = dead.name, dead.ending()
-        who = name if ending.rank is None else f"rank {ending.rank} of {name}"
+        who = report.part(name, ending.rank, dead.plan.node_of(ending.rank or 0))
         how = report.exit_in_words(ending.status)
         pause = f" in {report.duration(restart.pause_s)}" if restart.pause_s else ""
         self._terminal.say(
@@ -147,7 +186,9 @@ class Reviver:
         ladder = self._rungs[child.name] = _OneRung({child.name: child.plan.role}, began_s)
         try:
             async with asyncio.timeout(self._plan.start_timeout_s):
-                await climb(ladder, {child.name: child.plan.status}, self._show_step)
+                await climb(
+                    ladder, {child.name: child.plan.status}, self._show_step, self._site.read
+                )
         except TimeoutError:
             _, step, since_s = ladder.stuck(clock())
             self._terminal.say(

@@ -14,13 +14,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trtllm_workers.config.env import PROCESS_LOG
 from trtllm_workers.deploy import proc
 from trtllm_workers.deploy.end import end_processes
 from trtllm_workers.deploy.names import NATS
-from trtllm_workers.deploy.output import LogFile, Output, Terminal
+from trtllm_workers.deploy.output import LogFile, Output, RankedOutput, Terminal
 from trtllm_workers.deploy.parent import PARENT_PID
 from trtllm_workers.deploy.plan import Plan, PlannedProcess
 from trtllm_workers.deploy.run import (
@@ -77,9 +78,13 @@ class Child:
         lines = self.output.tail()
         lived_s = self.ended_s - self.started_s
         if self.world is None and not self.plan.is_world:
-            return Ending(self.status, lines, None, lived_s)
+            return Ending(self.status, lines, None, lived_s, self.plan.log)
         rank = culprit(lines, self.world.first_ended if self.world else None)
-        return Ending(exit_status(self.status, lines), without_chatter(lines), rank, lived_s)
+        status, log = exit_status(self.status, lines), self.plan.log
+        if rank is not None and isinstance(self.output, RankedOutput):
+            # The rank's own last words; what the starter says of it is told in ours.
+            lines, log = self.output.tail_of(rank) or lines, self.output.log_of(rank)
+        return Ending(status, without_chatter(lines), rank, lived_s, log)
 
     def record(self) -> ProcessRecord:
         """Return it as run.json holds it."""
@@ -95,12 +100,16 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a child, or its ``rank``, ended: exit code or minus the signal, its last lines, its age."""
+    """How a child, or its ``rank``, ended: exit code or minus the signal, its last lines, its age.
+
+    ``log`` is where more lines are.
+    """
 
     status: int
     lines: list[str]
     rank: int | None
     lived_s: float
+    log: Path
 
 
 class Supervisor:
@@ -258,7 +267,12 @@ class Supervisor:
 
     def _spawn(self, planned: PlannedProcess, restarts: int) -> Child:
         log = LogFile(planned.log, self._on_log_trouble)
-        output = Output(planned.name, log, self._terminal)
+        if planned.labelled:
+            output: Output = RankedOutput(
+                planned.name, log, self._terminal, lambda path: LogFile(path, self._on_log_trouble)
+            )
+        else:
+            output = Output(planned.name, log, self._terminal)
         kept = {name: one for name, one in self._environ.items() if name not in planned.unset}
         popen = subprocess.Popen(
             planned.argv,

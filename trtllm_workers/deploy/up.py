@@ -21,12 +21,12 @@ import msgspec
 from trtllm_workers.deploy import guard, proc, report
 from trtllm_workers.deploy.output import Terminal
 from trtllm_workers.deploy.plan import Plan
-from trtllm_workers.deploy.ready import PROBE, Ladder, climb, probe, reachable
+from trtllm_workers.deploy.ready import PROBE, Ladder, climb, probe
 from trtllm_workers.deploy.revive import Reviver
 from trtllm_workers.deploy.run import ProcessRecord, RunRecord, create_run
+from trtllm_workers.deploy.site import Site
 from trtllm_workers.deploy.supervise import Child, Supervisor
 from trtllm_workers.errors import EXIT_INTERRUPTED, ConfigError, EngineDead, LaunchError, StartError
-from trtllm_workers.observe.status import read_status
 
 # Before anything was ready there are no requests to wait for.
 _START_GRACE_S = 5.0
@@ -56,19 +56,21 @@ async def run_plan(
     environ: Mapping[str, str],
     terminal: Terminal,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    site: Site | None = None,
 ) -> int:
     """Run a plan until it is told to stop; return the exit code (0, or 130 after Ctrl-C).
 
     Raises ConfigError (folders cannot be made), StartError (a part did not become ready) or
     EngineDead (a part died later, once too often) with the full report as message. Nothing of the
     run is left behind in any case, except logs that were asked for or that explain a death.
-    ``pause`` waits some seconds before a worker is started again.
+    ``pause`` waits some seconds before a worker is started again. ``site`` is where the processes live
+    when that is not this host alone.
     """
     create_run(plan.folder)
     try:
         _make_log_dir(plan)
         with _Guard(plan), _Signals() as asked:
-            return await _Story(plan, environ, terminal, asked, pause).tell()
+            return await _Story(plan, environ, terminal, asked, pause, site or Site()).tell()
     finally:
         # Kept logs were decided on by the story; whatever is left besides them goes.
         plan.folder.remove(keep_logs=True)
@@ -82,13 +84,15 @@ class _Story:
         terminal: Terminal,
         asked: _Asked,
         pause: Callable[[float], Awaitable[None]],
+        site: Site,
     ) -> None:
         self._plan = plan
+        self._site = site
         self._terminal = terminal
         self._asked = asked
         self._began_s = time.monotonic()
         self._supervisor = Supervisor(plan, environ, terminal)
-        self._reviver = Reviver(plan, self._supervisor, terminal, self._note_processes, pause)
+        self._reviver = Reviver(plan, self._supervisor, terminal, self._note_processes, pause, site)
         self._ladder = Ladder(
             {one.name: one.role for one in plan.processes}, asyncio.get_running_loop().time()
         )
@@ -110,16 +114,37 @@ class _Story:
 
     async def tell(self) -> int:
         failed = True
+        watching = asyncio.create_task(self._watch_for_stop())
         try:
             self._note()
-            self._supervisor.start()
-            self._note_processes()
-            await self._become_ready()
-            await self._reviver.serve(self._asked.stop, self._death)
+            await self._prepare()
+            if not self._asked.stop.done():
+                self._supervisor.start()
+                self._note_processes()
+                await self._become_ready()
+                await self._reviver.serve(self._asked.stop, self._death)
             failed = False
         finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
             await self._end(failed)
         return EXIT_INTERRUPTED if self._asked.stop.result() is signal.SIGINT else 0
+
+    async def _watch_for_stop(self) -> None:
+        await self._site.told_to_stop()
+        self._asked.take(signal.SIGTERM)
+
+    async def _prepare(self) -> None:
+        """Let the site prepare other hosts. Returns early when asked to stop."""
+        preparing = asyncio.ensure_future(self._site.prepare(self._terminal.say))
+        waited: set[asyncio.Future[Any]] = {preparing, self._asked.stop}
+        try:
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if preparing.done():
+                preparing.result()
+        finally:
+            preparing.cancel()
+            await asyncio.gather(preparing, return_exceptions=True)
 
     async def _become_ready(self) -> None:
         """Climb the ladder. Returns early when asked to stop."""
@@ -133,8 +158,8 @@ class _Story:
 
     async def _climb(self) -> None:
         files = {one.name: one.status for one in self._plan.processes}
-        await climb(self._ladder, files, self._show_step)
-        url = reachable(self._ladder.detail("ingress"))
+        await climb(self._ladder, files, self._show_step, self._site.read)
+        url = self._site.url(self._ladder.detail("ingress"))
         self._terminal.say(f"asking {self._plan.model} for one token")
         await probe(url, self._plan.model, self._on_probe_trouble)
         await self._supervisor.worlds_watched(_WORLD_TIMEOUT_S)
@@ -147,6 +172,8 @@ class _Story:
                 url=url,
                 took_s=time.monotonic() - self._began_s,
                 log_dir=self._plan.log_dir,
+                stop=self._site.manner_of_stopping,
+                look=self._site.manner_of_looking,
             )
         )
 
@@ -180,6 +207,7 @@ class _Story:
         if killed and not asked.hurry.is_set():
             names = " and ".join(killed)
             self._terminal.say(f"{names} did not end in time and had to be killed")
+        await self._site.clear(self._terminal.say)
         explain = failed or self._reviver.any_restarted
         kept = plan.folder.remove(keep_logs=explain and not plan.keeps_logs)
         if plan.keeps_logs or kept:
@@ -214,7 +242,7 @@ class _Story:
 
     def _death(self, child: Child) -> Exception:
         now_s = asyncio.get_running_loop().time()
-        self._ladder.observe(child.name, read_status(child.plan.status), now_s)
+        self._ladder.observe(child.name, self._site.read(child.plan.status), now_s)
         ending = child.ending()
         text = report.death(
             child.name,
@@ -223,8 +251,9 @@ class _Story:
             step=self._reviver.step(child.plan) if self._ready else self._ladder.step(child.name),
             restarted=self._reviver.restarted_in_words(child.name),
             lines=ending.lines,
-            log=child.plan.log,
+            log=ending.log,
             rank=ending.rank,
+            node=child.plan.node_of(ending.rank or 0),
         )
         return EngineDead(text) if self._ready else StartError(text)
 

@@ -1,0 +1,480 @@
+"""The place of a run that is a SLURM job: prepares its nodes, reads its ranks, tells lost nodes, clears up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from trtllm_workers import __version__
+from trtllm_workers.config.env import child_environment
+from trtllm_workers.deploy.mpi import of_a_world
+from trtllm_workers.deploy.plan import PlannedProcess
+from trtllm_workers.deploy.run import RUN_FOLDER, RUN_ID
+from trtllm_workers.deploy.site import Site
+from trtllm_workers.deploy.slurm import records, variables
+from trtllm_workers.deploy.slurm.plan import SlurmPlan
+from trtllm_workers.deploy.slurm.preflight import QUESTIONS, Questions
+from trtllm_workers.errors import ConfigError, StartError
+from trtllm_workers.observe.status import Status, read_status
+
+_ASK_TIMEOUT_S = 10.0
+_CLEAR_TIMEOUT_S = 20.0
+_LOOK_S = 0.25
+_MOST_CLOCK_DIFFERENCE_S = 5.0
+_END_WAIT_S = 5.0
+_LAST_LINES = 8
+# What srun needs of the environment to find its job; the rest are defaults for options that we all give.
+_KEPT = frozenset(
+    {
+        *("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTER_NAME", "SLURM_JOB_UID"),
+        *("SLURM_JOB_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_NNODES"),
+        *("SLURM_JOB_PARTITION", "SLURM_JOB_ACCOUNT", "SLURM_JOB_QOS", "SLURM_JOB_USER"),
+        *("SLURM_WORKING_CLUSTER", "SLURM_NODE_ALIASES", "SLURM_JOB_NAME", "SLURM_TASKS_PER_NODE"),
+        *("SLURM_JOB_CPUS_PER_NODE", "SLURM_SUBMIT_DIR", "SLURM_SUBMIT_HOST", "SLURM_JOB_GPUS"),
+    }
+)
+_IS_LOST = re.compile(r"^(down|fail|error|unk|no_respond|powered|power)|\*$", re.IGNORECASE)
+_MARK = "trtllm-launch-node"
+
+# What srun says, and what to do about it.
+_SAYINGS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"unrecognized option.*--container", re.IGNORECASE),
+        "srun knows no containers here (no pyxis); leave IMAGE empty and install trtllm-launch where all "
+        "nodes see it, or ask for pyxis and enroot",
+    ),
+    (
+        re.compile(
+            r"Invalid job id|Unable to confirm allocation|already complet|allocation.*revoked"
+        ),
+        "the allocation is over; make a new one (salloc, or let 'trtllm-launch slurm run' submit a job)",
+    ),
+    (
+        re.compile(
+            r"[Pp]yxis.*(failed to import|not found|couldn't start container|image)|No such image"
+        ),
+        "the image could not be had; check IMAGE, and that this node may fetch or read it",
+    ),
+    (
+        re.compile(r"Invalid MPI type|MPI: Cannot|mpi_.*not found|plugin.*mpi/", re.IGNORECASE),
+        "the cluster does not offer that --mpi type; 'srun --mpi=list' shows those it has",
+    ),
+    (
+        re.compile(r"execve\(\).*No such file|No such file or directory.*python|python.*not found"),
+        "the Python that runs trtllm-launch is not on this node; install the environment on a file system "
+        "that all nodes share, or use an IMAGE",
+    ),
+    (
+        re.compile(r"No module named .?trtllm_workers"),
+        "trtllm-launch is not installed in that Python; build the image with container/build.sh, or name "
+        "its Python with --image-python",
+    ),
+    (
+        re.compile(
+            r"node count|More processors requested|Requested node configuration|nodes are busy"
+        ),
+        "SLURM does not give these nodes to a step; the allocation is too small, or another step holds them "
+        "alone",
+    ),
+    (
+        re.compile(
+            r"Unable to create step|Invalid generic resource|Invalid account|Access/permission"
+        ),
+        "SLURM refuses the step; its words are below",
+    ),
+)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was read of a part's ranks."""
+
+    ranks: dict[int, records.RankRecord]
+    complete: bool = False
+    since_s: float = 0.0
+
+
+class JobSite(Site):
+    """The nodes of one job. ``submitted``: the run made the job itself."""
+
+    manner_of_stopping = "trtllm-launch slurm stop"
+    manner_of_looking = "trtllm-launch slurm status"
+
+    def __init__(
+        self, made: SlurmPlan, environ: Mapping[str, str], *, submitted: bool = False
+    ) -> None:
+        self._made = made
+        self._environ = environ
+        self._submitted = submitted
+        self._folder = made.plan.folder.path
+        self._parts = {part.name: part for part in made.parts}
+        self._seen: dict[str, _Seen] = {}
+        self._told: set[str] = set()
+        self._say: Callable[[str], None] = lambda _text: None
+
+    async def prepare(self, say: Callable[[str], None]) -> None:
+        """Write down what the tasks need, and look at every node."""
+        self._say = say
+        began_s = time.monotonic()
+        self._write()
+        await self._preflight()
+        nodes = len(self._made.allocation.nodes)
+        say(
+            f"{nodes} node{'s' if nodes > 1 else ''} of job {self._made.allocation.job_id} checked in "
+            f"{time.monotonic() - began_s:.1f} s"
+        )
+
+    def read(self, path: Path) -> Status | None:
+        """Return what a part has reported; until all its ranks have started, which are missing."""
+        status, part = read_status(path), self._parts.get(path.stem)
+        if part is None:
+            return status
+        seen = self._seen.setdefault(part.name, _Seen({}, since_s=time.time()))
+        if seen.complete:
+            return status
+        self._look_for_ranks(part, seen)
+        total = len(part.nodes) * part.ranks_per_node
+        if len(seen.ranks) < total:
+            if total == 1 or not (status is None or status.step == "starting"):
+                return status
+            return Status("starting", seen.since_s, detail=_missing(part, seen.ranks))
+        seen.complete = True
+        self._compare(part, seen.ranks)
+        return status
+
+    def url(self, told: str) -> str:
+        """Return the ingress's address: that of the head node, where it listens on all."""
+        record = records.read(
+            records.node_path(self._folder, self._made.allocation.head), records.NodeRecord
+        )
+        parts = urlsplit(told)
+        if record is None or parts.hostname not in ("0.0.0.0", "::"):
+            return told
+        host = f"[{record.address}]" if ":" in record.address else record.address
+        return f"{parts.scheme}://{host}:{parts.port}"
+
+    async def lost(self, process: PlannedProcess) -> str:
+        """Return which of a part's nodes SLURM has given up, in words; "" when all are there."""
+        # A rank that comes again is looked at again.
+        self._seen.pop(process.name, None)
+        for rank in range(len(process.nodes) * process.ranks_per_node):
+            with contextlib.suppress(OSError):
+                records.rank_path(self._folder, process.name, rank).unlink()
+        states = await self.node_states(process.nodes)
+        lost = {node: state for node, state in states.items() if _IS_LOST.search(state)}
+        return ", ".join(f"node {node} is {state.rstrip('*')}" for node, state in lost.items())
+
+    async def node_states(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Return each node's state in SLURM's words; without those it does not tell."""
+        if not nodes:
+            return {}
+        out = await _ask(
+            ("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", f"{_MARK} %N %T"), self._environ
+        )
+        found = {}
+        for line in out.splitlines():
+            words = line.split()
+            if len(words) == 3 and words[0] == _MARK:
+                found[words[1]] = words[2]
+        return found
+
+    async def told_to_stop(self) -> None:
+        """Return once ``slurm stop`` has left its file: it may run on any host that sees the folder."""
+        while not (self._folder / records.STOP).exists():
+            # A file of a shared file system tells nobody when it appears.
+            await self._pause(_LOOK_S)
+
+    @staticmethod
+    async def _pause(seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def clear(self, say: Callable[[str], None]) -> None:
+        """Let every node that is still there end and remove what the run left on it."""
+        states = await self.node_states(self._made.allocation.nodes)
+        nodes = [
+            node
+            for node in self._made.allocation.nodes
+            if not _IS_LOST.search(states.get(node, "down"))
+        ]
+        if not nodes:
+            return
+        words = [
+            f"--nodelist={','.join(nodes)}"
+            if word.startswith("--nodelist=")
+            else f"--nodes={len(nodes)}"
+            if word.startswith("--nodes=")
+            else f"--ntasks={len(nodes)}"
+            if word.startswith("--ntasks=")
+            else word
+            for word in self._made.clear
+        ]
+        with contextlib.suppress(OSError, TimeoutError, StartError):
+            status = await self._run(words, self._made.plan.log_dir / "clear.log", _CLEAR_TIMEOUT_S)
+            if status == 0:
+                with contextlib.suppress(OSError):
+                    (self._made.plan.log_dir / "clear.log").unlink()
+            elif not self._job_is_over():
+                say(f"note: the nodes could not be cleared: {self._last_words('clear')}")
+
+    def _job_is_over(self) -> bool:
+        return bool(_SAYINGS[1][0].search(self._log("clear")))
+
+    def _write(self) -> None:
+        """Write what tasks and other commands read. Raises ConfigError."""
+        made, folder = self._made, self._folder
+        try:
+            for name in ("tasks", "ranks", "nodes"):
+                (folder / name).mkdir(mode=0o700, exist_ok=True)
+            sent = variables.to_send(self._environ, in_container=bool(made.slurm.image))
+            records.write(
+                folder / records.ENVIRONMENT,
+                records.Environment(values=sent, digest=variables.digest(sent)),
+            )
+            for name, spec in made.specs.items():
+                records.write(records.spec_path(folder, name), spec)
+            records.write(
+                folder / records.JOB,
+                records.JobRecord(
+                    run_id=made.plan.run_id,
+                    job_id=made.allocation.job_id,
+                    head=made.allocation.head,
+                    nodes=made.allocation.nodes,
+                    parts=made.parts,
+                    driver_host=os.uname().nodename,
+                    submitted=self._submitted,
+                ),
+            )
+            token = secrets.token_hex(8)
+            (folder / "shared").write_text(token, encoding="utf-8")
+            records.write(
+                folder / QUESTIONS,
+                Questions(
+                    files=dict(made.files),
+                    shared=str(folder / "shared"),
+                    token=token,
+                    head=made.allocation.head,
+                    http=(made.plan.http_host, made.plan.http_port),
+                    interface=made.slurm.interface,
+                    needs_trtllm=made.settings.engine == "trtllm",
+                    gpus=made.layout.widest if made.layout.gpus_per_node else 0,
+                ),
+            )
+        except OSError as wrong:
+            raise ConfigError(
+                f"cannot write into the run's folder {folder}: {wrong.strerror or wrong}; choose another "
+                "with --run-dir",
+                param="run_dir",
+            ) from wrong
+
+    async def _preflight(self) -> None:
+        made = self._made
+        limit_s = made.slurm.preflight_timeout_s
+        try:
+            status = await self._run(made.preflight, made.plan.log_dir / "preflight.log", limit_s)
+            late = False
+        except TimeoutError:
+            status, late = 1, True
+        found = {
+            node: records.read(records.node_path(self._folder, node), records.NodeRecord)
+            for node in made.allocation.nodes
+        }
+        wrong = [
+            f"{node}: {problem}"
+            for node, record in found.items()
+            if record is not None
+            for problem in record.problems
+        ]
+        missing = [node for node, record in found.items() if record is None]
+        if missing:
+            wrong.append(self._silent(missing, late, limit_s))
+        elif status != 0 and not wrong:
+            wrong.append(f"the check of the nodes failed: {self._last_words('preflight')}")
+        wrong += _unlike({node: one for node, one in found.items() if one is not None})
+        if wrong:
+            raise ConfigError("\n".join(_grouped(wrong)), param="num_nodes")
+        self._note_clocks({node: one for node, one in found.items() if one is not None})
+
+    def _silent(self, missing: Sequence[str], late: bool, limit_s: float) -> str:
+        said = self._log("preflight")
+        hint = next((hint for pattern, hint in _SAYINGS if pattern.search(said)), "")
+        names = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
+        verb = "has" if len(missing) == 1 else "have"
+        when = f" within {limit_s:g} s (--preflight-timeout-s)" if late else ""
+        return f"{names} {verb} not answered the check{when}{': ' + hint if hint else ''}\n" + (
+            self._last_words("preflight")
+        )
+
+    def _note_clocks(self, found: Mapping[str, records.NodeRecord]) -> None:
+        now_s = time.time()
+        for node, record in found.items():
+            # What was written some seconds ago is older; only a clock in the future is sure to be wrong.
+            if record.now_s - now_s > _MOST_CLOCK_DIFFERENCE_S:
+                self._say(
+                    f"note: the clock of {node} is {record.now_s - now_s:.0f} s ahead of this host's; times in "
+                    "logs will not fit together"
+                )
+
+    def _look_for_ranks(self, part: records.Part, seen: _Seen) -> None:
+        for rank in range(len(part.nodes) * part.ranks_per_node):
+            if rank in seen.ranks:
+                continue
+            found = records.read(
+                records.rank_path(self._folder, part.name, rank), records.RankRecord
+            )
+            if found is not None:
+                seen.ranks[rank] = found
+
+    def _compare(self, part: records.Part, ranks: Mapping[int, records.RankRecord]) -> None:
+        """Say what nodes add to the environment; raise ConfigError when ranks see it differently."""
+        for record in ranks.values():
+            for word in record.changed:
+                if word not in self._told:
+                    self._told.add(word)
+                    self._say(f"note: environment on {record.node}: {word}{_remark(word)}")
+        if text := variables.disagreement(part.name, ranks):
+            raise ConfigError(text, param="mpi")
+
+    async def _run(self, words: Sequence[str], log: Path, timeout_s: float) -> int:
+        """Run a step to its end; its output goes into ``log``. Raises TimeoutError after ending it."""
+        extra = {RUN_ID: self._made.plan.run_id, RUN_FOLDER: str(self._folder)}
+        environ = child_environment(
+            {**extra, **{name: None for name in unset_for_srun(self._environ)}}
+        )
+        with log.open("wb") as output:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *words,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=environ,
+                    start_new_session=True,
+                )
+            except OSError as wrong:
+                raise ConfigError(
+                    f"cannot start {words[0]}: {wrong.strerror}; is this a SLURM cluster?",
+                    param="engine",
+                ) from wrong
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await process.wait()
+        finally:
+            if process.returncode is None:
+                await _end(process)
+
+    def _log(self, name: str) -> str:
+        with contextlib.suppress(OSError):
+            text = (self._made.plan.log_dir / f"{name}.log").read_text(errors="replace")
+            return text[-20_000:]
+        return ""
+
+    def _last_words(self, name: str) -> str:
+        lines = [line for line in self._log(name).splitlines() if line.strip()]
+        if not lines:
+            return "srun said nothing"
+        return "srun said:\n" + "\n".join(f"  | {line}" for line in lines[-_LAST_LINES:])
+
+
+def unset_for_srun(environ: Mapping[str, str]) -> frozenset[str]:
+    """Return the variables that would change what our sruns mean: another step's, or defaults of options."""
+    found = {
+        name
+        for name in environ
+        if name.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_")) and name not in _KEPT
+    }
+    others = {name for name in of_a_world(environ) if not name.startswith("SLURM_")}
+    return frozenset(found | others)
+
+
+async def _ask(words: Sequence[str], environ: Mapping[str, str]) -> str:
+    """Return a short command's standard output; "" when it fails or is late."""
+    del environ
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *words,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError:
+        return ""
+    try:
+        async with asyncio.timeout(_ASK_TIMEOUT_S):
+            out, _ = await process.communicate()
+    except TimeoutError:
+        return ""
+    finally:
+        if process.returncode is None:
+            await _end(process)
+    return out.decode(errors="replace")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_WAIT_S):
+                await process.wait()
+                return
+
+
+def _missing(part: records.Part, ranks: Mapping[int, records.RankRecord]) -> str:
+    total = len(part.nodes) * part.ranks_per_node
+    by_node: dict[str, list[int]] = {}
+    for rank in range(total):
+        if rank not in ranks:
+            by_node.setdefault(part.nodes[rank // part.ranks_per_node], []).append(rank)
+    shown = [
+        f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} on {node}"
+        for node, missing in list(by_node.items())[:4]
+    ]
+    more = " …" if len(by_node) > 4 else ""
+    return f"{len(ranks)} of {total} ranks started, waiting for {'; '.join(shown)}{more}"
+
+
+def _unlike(found: Mapping[str, records.NodeRecord]) -> list[str]:
+    """Return what is not the same on all nodes."""
+    wrong = []
+    for node, record in found.items():
+        if record.version != __version__:
+            wrong.append(
+                f"{node}: trtllm-launch {record.version} is there, and {__version__} here; install the same, or "
+                "build the image anew"
+            )
+    pythons = {one.python.rpartition(".")[0] for one in found.values()}
+    if len(pythons) > 1:
+        shown = ", ".join(f"{node} {one.python}" for node, one in list(found.items())[:8])
+        wrong.append(f"the nodes have different Pythons: {shown}")
+    return wrong
+
+
+def _grouped(lines: Sequence[str]) -> list[str]:
+    """Return lines ``NODE: problem`` with the nodes of one problem together."""
+    by_problem: dict[str, list[str]] = {}
+    for line in lines:
+        node, colon, problem = line.partition(": ")
+        if colon and " " not in node:
+            by_problem.setdefault(problem, []).append(node)
+        else:
+            by_problem.setdefault(line, [])
+    return [
+        f"{', '.join(nodes[:8])}{' …' if len(nodes) > 8 else ''}: {problem}" if nodes else problem
+        for problem, nodes in by_problem.items()
+    ]
+
+
+def _remark(word: str) -> str:
+    if word.startswith("UCX_TLS=") and "cuda" not in word and "all" not in word:
+        return "; without cuda in it UCX takes GPU memory for host memory"
+    return ""

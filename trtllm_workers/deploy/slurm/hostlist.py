@@ -58,11 +58,12 @@ def compress(names: Sequence[str]) -> str:
 
 
 def _compressed(names: Sequence[str]) -> Iterator[str]:
-    for prefix, group in itertools.groupby(map(_split, names), key=lambda pair: pair[0]):
+    pairs = map(_split, names)
+    for (prefix, is_numbered), group in itertools.groupby(
+        pairs, key=lambda pair: (pair[0], pair[1] != "")
+    ):
         digits = [number for _, number in group]
-        if digits == [""]:
-            yield prefix
-        elif not digits[0]:
+        if not is_numbered:
             yield from [prefix] * len(digits)
         elif len(digits) == 1:
             yield prefix + digits[0]

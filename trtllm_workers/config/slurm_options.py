@@ -11,6 +11,7 @@ from typing import Any
 
 from trtllm_workers.config.layers import Layers
 from trtllm_workers.config.option import Option
+from trtllm_workers.config.tables import table
 from trtllm_workers.errors import ConfigError
 
 
@@ -161,3 +162,13 @@ def resolve_slurm(explicit: Mapping[str, Any], environ: Mapping[str, str]) -> Sl
             "\n".join(text for _, text in layers.problems), param=layers.problems[0][0]
         )
     return SlurmSettings(**layers.values, sources=layers.sources, warnings=tuple(layers.warnings))
+
+
+def show_slurm_settings(settings: SlurmSettings) -> str:
+    """Return the settings as a table: option, value, source."""
+    rows = []
+    for option in SLURM_OPTIONS:
+        value = getattr(settings, option.name)
+        text = option.default_text if value is None else str(value)
+        rows.append((option.name, text, settings.sources.get(option.name, "default")))
+    return table(("option", "value", "source"), rows)

@@ -15,8 +15,8 @@ import subprocess
 import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 from socket import AF_INET, AF_INET6, SOCK_STREAM, socket
+from typing import Any
 
 from trtllm_workers.config.outside import EtcdLogin, EtcdUrl
 from trtllm_workers.deploy.nats import end_server, end_with_parent

@@ -16,13 +16,14 @@ from urllib.parse import urlsplit
 
 from trtllm_workers import __version__
 from trtllm_workers.config.env import child_environment
-from trtllm_workers.deploy.mpi import of_a_world
 from trtllm_workers.deploy.plan import PlannedProcess
 from trtllm_workers.deploy.run import RUN_FOLDER, RUN_ID
 from trtllm_workers.deploy.site import Site
 from trtllm_workers.deploy.slurm import records, variables
+from trtllm_workers.deploy.slurm.command import run_command
 from trtllm_workers.deploy.slurm.plan import SlurmPlan
 from trtllm_workers.deploy.slurm.preflight import QUESTIONS, Questions
+from trtllm_workers.deploy.slurm.steps import unset_for_srun
 from trtllm_workers.errors import ConfigError, StartError
 from trtllm_workers.observe.status import Status, read_status
 
@@ -32,16 +33,6 @@ _LOOK_S = 0.25
 _MOST_CLOCK_DIFFERENCE_S = 5.0
 _END_WAIT_S = 5.0
 _LAST_LINES = 8
-# What srun needs of the environment to find its job; the rest are defaults for options that we all give.
-_KEPT = frozenset(
-    {
-        *("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTER_NAME", "SLURM_JOB_UID"),
-        *("SLURM_JOB_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_NNODES"),
-        *("SLURM_JOB_PARTITION", "SLURM_JOB_ACCOUNT", "SLURM_JOB_QOS", "SLURM_JOB_USER"),
-        *("SLURM_WORKING_CLUSTER", "SLURM_NODE_ALIASES", "SLURM_JOB_NAME", "SLURM_TASKS_PER_NODE"),
-        *("SLURM_JOB_CPUS_PER_NODE", "SLURM_SUBMIT_DIR", "SLURM_SUBMIT_HOST", "SLURM_JOB_GPUS"),
-    }
-)
 _IS_LOST = re.compile(r"^(down|fail|error|unk|no_respond|powered|power)|\*$", re.IGNORECASE)
 _MARK = "trtllm-launch-node"
 
@@ -177,11 +168,12 @@ class JobSite(Site):
         """Return each node's state in SLURM's words; without those it does not tell."""
         if not nodes:
             return {}
-        out = await _ask(
-            ("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", f"{_MARK} %N %T"), self._environ
+        said = await run_command(
+            ["sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", f"{_MARK} %N %T"],
+            timeout_s=_ASK_TIMEOUT_S,
         )
         found = {}
-        for line in out.splitlines():
+        for line in said.stdout.splitlines():
             words = line.split()
             if len(words) == 3 and words[0] == _MARK:
                 found[words[1]] = words[2]
@@ -382,41 +374,6 @@ class JobSite(Site):
         if not lines:
             return "srun said nothing"
         return "srun said:\n" + "\n".join(f"  | {line}" for line in lines[-_LAST_LINES:])
-
-
-def unset_for_srun(environ: Mapping[str, str]) -> frozenset[str]:
-    """Return the variables that would change what our sruns mean: another step's, or defaults of options."""
-    found = {
-        name
-        for name in environ
-        if name.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_")) and name not in _KEPT
-    }
-    others = {name for name in of_a_world(environ) if not name.startswith("SLURM_")}
-    return frozenset(found | others)
-
-
-async def _ask(words: Sequence[str], environ: Mapping[str, str]) -> str:
-    """Return a short command's standard output; "" when it fails or is late."""
-    del environ
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError:
-        return ""
-    try:
-        async with asyncio.timeout(_ASK_TIMEOUT_S):
-            out, _ = await process.communicate()
-    except TimeoutError:
-        return ""
-    finally:
-        if process.returncode is None:
-            await _end(process)
-    return out.decode(errors="replace")
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -78,8 +78,10 @@ def make_slurm_plan(
     cwd: Path,
     checkout: Path,
     mpi: str = "pmix",
+    unset: frozenset[str] = frozenset(),
 ) -> SlurmPlan:
-    """Return the plan. ``python`` and ``checkout`` are the launcher's own; ``mpi`` is srun's.
+    """Return the plan. ``python`` and ``checkout`` are the launcher's own; ``mpi`` is srun's;
+    ``unset`` names variables that would change what the sruns mean.
 
     Raises ConfigError when the allocation is too small or a value cannot be passed on.
     """
@@ -144,6 +146,7 @@ def make_slurm_plan(
             cwd=cwd,
             log=log,
             status=status,
+            unset=unset,
             is_world=True,
             labelled=num_ranks > 1,
             nodes=nodes,

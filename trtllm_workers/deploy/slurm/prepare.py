@@ -19,10 +19,13 @@ from trtllm_workers.deploy.etcd import etcd_password
 from trtllm_workers.deploy.inventory import mpi_flavour, mpiexec_path
 from trtllm_workers.deploy.prepare import prepare
 from trtllm_workers.deploy.run import RunFolder
-from trtllm_workers.deploy.slurm.cluster import parse_mpi_types, pick_mpi
+from trtllm_workers.deploy.slurm import answers
+from trtllm_workers.deploy.slurm.command import run_command
 from trtllm_workers.deploy.slurm.hostlist import expand
 from trtllm_workers.deploy.slurm.layout import Layout, lay_out
+from trtllm_workers.deploy.slurm.picks import MpiNeeds, pick_mpi
 from trtllm_workers.deploy.slurm.plan import Allocation, SlurmPlan, make_slurm_plan
+from trtllm_workers.deploy.slurm.steps import unset_for_srun
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.types import Role
 
@@ -107,21 +110,24 @@ def imagined(layout: Layout) -> Allocation:
     return Allocation(tuple(f"node{index}" for index in range(1, layout.num_nodes + 1)))
 
 
-def mpi_type(job: PreparedJob) -> str:
-    """Return srun's --mpi for the workers. Asks srun unless the operator has said it, or no rank needs one."""
-    asked = job.slurm.mpi
+async def mpi_type(job: PreparedJob) -> str:
+    """Return srun's --mpi for the workers. Asks srun only when ranks need one. Raises ConfigError."""
+    asked = None if job.slurm.mpi == "auto" else job.slurm.mpi
     needs = _library(job)
     if not needs:
-        return "none" if asked == "auto" else asked
-    said = ask(["srun", "--mpi=list"], _MPI_LIST_TIMEOUT_S)
-    offered = parse_mpi_types(said[0]) if isinstance(said, tuple) else ()
-    if not offered:
-        # An srun that lists nothing is told what is wanted, and says itself if it has that not.
-        return asked if asked != "auto" else ("pmi2" if needs == "mpich" else "pmix")
-    return pick_mpi(offered, asked, needs)
+        return asked or "none"
+    said = await run_command(["srun", "--mpi=list"], timeout_s=_MPI_LIST_TIMEOUT_S)
+    return pick_mpi(answers.mpi_types(said.stdout, said.stderr), asked, needs)
 
 
-def _library(job: PreparedJob) -> str:
+def likely_mpi_type(job: PreparedJob) -> str:
+    """Return srun's --mpi as a cluster that offers everything would have it; asks nobody."""
+    if job.slurm.mpi != "auto":
+        return job.slurm.mpi
+    return {"": "none", "mpich": "pmi2", "openmpi": "pmix"}[_library(job)]
+
+
+def _library(job: PreparedJob) -> MpiNeeds:
     """Return whose MPI library the ranks use; "" when none needs MPI."""
     if job.settings.engine == "trtllm":
         return "openmpi"
@@ -130,7 +136,7 @@ def _library(job: PreparedJob) -> str:
     if job.slurm.image or not mpiexec_path():
         return "mpich"
     said = ask([mpiexec_path(), "--version"], _MPI_LIST_TIMEOUT_S)
-    return (mpi_flavour(said[0]) if isinstance(said, tuple) else "") or "mpich"
+    return "openmpi" if isinstance(said, tuple) and mpi_flavour(said[0]) == "openmpi" else "mpich"
 
 
 def secrets_of(job: PreparedJob, environ: Mapping[str, str]) -> dict[str, str]:
@@ -141,7 +147,14 @@ def secrets_of(job: PreparedJob, environ: Mapping[str, str]) -> dict[str, str]:
     return {"CLUSTER_SECRET": secret, "ETCD_PASSWORD": etcd_password(secret.encode())}
 
 
-def plan_job(job: PreparedJob, allocation: Allocation, folder: RunFolder, *, mpi: str) -> SlurmPlan:
+def plan_job(
+    job: PreparedJob,
+    allocation: Allocation,
+    folder: RunFolder,
+    *,
+    mpi: str,
+    environ: Mapping[str, str] | None = None,
+) -> SlurmPlan:
     """Return the plan of a job on these nodes. Raises ConfigError."""
     return make_slurm_plan(
         job.settings,
@@ -154,4 +167,5 @@ def plan_job(job: PreparedJob, allocation: Allocation, folder: RunFolder, *, mpi
         cwd=Path.cwd(),
         checkout=_CHECKOUT,
         mpi=mpi,
+        unset=unset_for_srun(environ or {}),
     )

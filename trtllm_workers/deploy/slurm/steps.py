@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from trtllm_workers.deploy.mpi import of_a_world
 from trtllm_workers.errors import ConfigError
+
+# What srun needs of the environment to find its job; the rest are defaults for options that we all give.
+_KEPT = frozenset(
+    {
+        *("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTER_NAME", "SLURM_JOB_UID"),
+        *("SLURM_JOB_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_NNODES"),
+        *("SLURM_JOB_PARTITION", "SLURM_JOB_ACCOUNT", "SLURM_JOB_QOS", "SLURM_JOB_USER"),
+        *("SLURM_WORKING_CLUSTER", "SLURM_NODE_ALIASES", "SLURM_JOB_NAME", "SLURM_TASKS_PER_NODE"),
+        *("SLURM_JOB_CPUS_PER_NODE", "SLURM_SUBMIT_DIR", "SLURM_SUBMIT_HOST", "SLURM_JOB_GPUS"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +130,14 @@ def mounts_of(text: str | None, needed: Sequence[str]) -> tuple[str, ...]:
             found.append(f"{path}:{path}")
             inside.append((path, path))
     return tuple(found)
+
+
+def unset_for_srun(environ: Mapping[str, str]) -> frozenset[str]:
+    """Return the variables that would change what our sruns mean: another step's, or defaults of options."""
+    found = {
+        name
+        for name in environ
+        if name.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_")) and name not in _KEPT
+    }
+    others = {name for name in of_a_world(environ) if not name.startswith("SLURM_")}
+    return frozenset(found | others)

@@ -42,13 +42,13 @@ def advertised_host(
     family = _EVERY_ADDRESS.get(listen_host)
     if family is None:
         return listen_host
-    for address, port in _looked_up(toward, family):
+    for address, port in looked_up(toward, family):
         if source := _source_toward(address, port, family):
             return source
     if source := _source_toward(_ELSEWHERE[family], 9, family):
         return source
     for found in sorted(addresses_of_interfaces(), key=lambda one: one.is_of_containers):
-        if found.family == family and _is_for_others(found.address):
+        if found.family == family and is_for_others(found.address):
             return found.address
     return _LOOPBACK[family]
 
@@ -80,7 +80,7 @@ def _interface_or_name(given: str, family: int | None) -> str:
     interfaces = [name for _, name in socket.if_nameindex()]
     if given in interfaces:
         mine = [one for one in addresses_of_interfaces() if one.interface == given]
-        mine = [one for one in mine if _is_for_others(one.address)]
+        mine = [one for one in mine if is_for_others(one.address)]
         fitting = [one for one in mine if family in (None, one.family)]
         if not fitting:
             raise ConfigError(
@@ -106,7 +106,7 @@ def _kind(family: int | None) -> str:
 
 def _source_toward(address: str, port: int, family: int) -> str | None:
     source = _raw_source(address, port, family)
-    return source if source is not None and _is_for_others(source) else None
+    return source if source is not None and is_for_others(source) else None
 
 
 def _raw_source(address: str, port: int, family: int) -> str | None:
@@ -122,13 +122,17 @@ def _raw_source(address: str, port: int, family: int) -> str | None:
         return None
 
 
-def _is_for_others(address: str) -> bool:
+def is_for_others(address: str) -> bool:
+    """Return whether an address of this host may be reached from another one."""
     found = ipaddress.ip_address(address)
     return not (found.is_loopback or found.is_link_local or found.is_unspecified)
 
 
-def _looked_up(toward: Sequence[tuple[str, int]], family: int) -> list[tuple[str, int]]:
-    """Return the addresses of ``toward``, in order; names that are not found in time are left out."""
+def looked_up(toward: Sequence[tuple[str, int]], family: int) -> list[tuple[str, int]]:
+    """Return the addresses of ``toward``, in order; names that are not found in time are left out.
+
+    ``family`` AF_UNSPEC takes those of either one.
+    """
     found: dict[int, list[tuple[str, int]]] = {}
 
     def look_up() -> None:

@@ -45,7 +45,11 @@ def command(detach: bool, run_id: str | None, **values: Any) -> int:
         from trtllm_workers.deploy.slurm.submit import submit
 
         folder = run_folder(job.settings, None, to_start=True)
-        return asyncio.run(submit(job, folder, words_of(click.get_current_context(), values), environ, detach=detach))
+        return asyncio.run(
+            submit(
+                job, folder, words_of(click.get_current_context(), values), environ, detach=detach
+            )
+        )
     folder = run_folder(job.settings, run_id, to_start=True)
     mpi = asyncio.run(mpi_type(job))
     made = plan_job(job, allocation, folder, mpi=mpi, environ=environ)

@@ -98,6 +98,13 @@ SLURM_OPTIONS: tuple[Option, ...] = (
         "Network interface by which processes of different nodes reach each other.",
         "the one of the node's SLURM address",
     ),
+    _text(
+        "head_node_ip",
+        ("HEAD_NODE_IP",),
+        "ADDRESS",
+        "Address of the head node by which the others and clients reach it.",
+        "the one of its SLURM address",
+    ),
     _text("job_name", ("JOB_NAME",), "NAME", "Name of the job.", "trtllm-launch"),
     _text(
         "account", ("ACCOUNT",), "NAME", "Account that pays for the job.", "your default account"
@@ -138,6 +145,7 @@ class SlurmSettings:
     mpi: str = "auto"
     services: str = "folder"
     interface: str | None = None
+    head_node_ip: str | None = None
     job_name: str | None = None
     account: str | None = None
     partition: str | None = None

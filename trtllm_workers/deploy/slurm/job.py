@@ -256,6 +256,7 @@ class JobSite(Site):
                     head=made.allocation.head,
                     http=(made.plan.http_host, made.plan.http_port),
                     interface=made.slurm.interface,
+                    head_address=made.slurm.head_node_ip or made.slurm.interface,
                     needs_trtllm=made.settings.engine == "trtllm",
                     gpus=made.layout.widest if made.layout.gpus_per_node else 0,
                 ),

@@ -14,7 +14,7 @@ from trtllm_workers.deploy.commands import etcd_argv, ingress_argv, nats_argv, w
 from trtllm_workers.deploy.etcd import USER as ETCD_USER
 from trtllm_workers.deploy.etcd import etcd_folder
 from trtllm_workers.deploy.mpi import through_llmapi_launch
-from trtllm_workers.deploy.names import ETCD, NATS
+from trtllm_workers.deploy.names import ETCD, NATS, SERVICES
 from trtllm_workers.deploy.plan import Plan, PlannedProcess
 from trtllm_workers.deploy.run import RunFolder
 from trtllm_workers.deploy.shares import Crew, Share
@@ -126,7 +126,7 @@ def make_slurm_plan(
             status=str(status),
             log=str(log),
             num_ranks=num_ranks,
-            interface=slurm.interface,
+            interface=(slurm.head_node_ip if role in SERVICES else None) or slurm.interface,
             etcd_status=str(folder.status(ETCD)) if ETCD_URL in words else "",
             wait_s=settings.start_timeout_s,
             in_container=bool(slurm.image),

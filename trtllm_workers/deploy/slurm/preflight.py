@@ -22,10 +22,10 @@ import msgspec
 from trtllm_workers import __version__
 from trtllm_workers.config.env import environment
 from trtllm_workers.deploy.slurm import records
-from trtllm_workers.deploy.slurm.own_address import own_address
+from trtllm_workers.deploy.slurm.addresses import choose
 from trtllm_workers.deploy.trtllm_facts import quick_facts
 from trtllm_workers.deploy.trtllm_host import refusal
-from trtllm_workers.errors import ConfigError
+from trtllm_workers.errors import LaunchError
 
 QUESTIONS = "preflight.json"
 
@@ -44,6 +44,7 @@ class Questions(msgspec.Struct, frozen=True, kw_only=True):
     head: str
     http: tuple[str, int]
     interface: str | None = None
+    head_address: str | None = None
     needs_trtllm: bool = False
     gpus: int = 0
     programs: tuple[str, ...] = ()
@@ -70,8 +71,9 @@ def look(questions: Questions, node: str, here: Mapping[str, str]) -> records.No
     problems = [*_files(questions), *_shared(questions)]
     address = ""
     try:
-        address = own_address(here, questions.interface)
-    except ConfigError as wrong:
+        given = questions.head_address if node == questions.head else questions.interface
+        address = choose(given, here.get("SLURMD_NODENAME") or None).address
+    except LaunchError as wrong:
         problems.append(str(wrong))
     if node == questions.head:
         problems += _port(*questions.http)

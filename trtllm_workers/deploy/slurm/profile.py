@@ -91,6 +91,15 @@ def profile_path(state_dir: Path, cluster_name: str) -> Path:
     return state_dir / "slurm" / f"{safe}.json"
 
 
+def newest_profile(state_dir: Path) -> Path | None:
+    """Return the profile that was kept last under a state folder; None when there is none.
+
+    One state folder seldom serves two clusters; where it does, the last one probed is meant.
+    """
+    found = sorted((state_dir / "slurm").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
+
+
 def save(profile: Profile, path: Path) -> None:
     """Write a profile; whoever reads meanwhile sees the old one or the new one, whole.
 

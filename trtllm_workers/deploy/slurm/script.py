@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,8 +66,8 @@ def batch_job(
         if slurm.time_limit
         else None,
         chdir=str(Path.cwd()),
-        exports=exports(environ),
-        script=(
+        words=(
+            *("env", *(f"{name}={value}" for name, value in exports(environ).items())),
             *(sys.executable, "-P", "-m", _MODULE, "slurm", "run"),
             *("--run-id", folder.run_id, *words),
         ),

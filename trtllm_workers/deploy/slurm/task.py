@@ -30,7 +30,7 @@ from trtllm_workers.deploy.parent import PARENT_PID
 from trtllm_workers.deploy.run import members_of
 from trtllm_workers.deploy.shm import remove_left_overs
 from trtllm_workers.deploy.slurm import records, variables
-from trtllm_workers.deploy.slurm.own_address import own_address
+from trtllm_workers.deploy.slurm.addresses import choose
 from trtllm_workers.errors import LaunchError, StartError
 from trtllm_workers.observe.status import StatusFile, read_status
 
@@ -80,7 +80,10 @@ def prepare(
     if rank == 0:
         StatusFile(Path(spec.status)).report("starting", detail=f"on {node}")
     _require_world(spec, here)
-    host, address = os.uname().nodename, own_address(here, spec.interface)
+    host, address = (
+        os.uname().nodename,
+        choose(spec.interface, here.get("SLURMD_NODENAME") or None).address,
+    )
     tags: dict[str, str | None] = {
         PARENT_PID: None,
         PROCESS_LOG: str(rank_log(Path(spec.log), rank) if spec.num_ranks > 1 else spec.log),

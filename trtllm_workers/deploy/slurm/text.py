@@ -15,7 +15,11 @@ def as_text(made: SlurmPlan, script: str = "") -> str:
     head = [
         f"# run {plan.run_id}: {plan.workers_in_words} for model {plan.model}",
         f"# {made.layout.in_words()}; the ingress is on {made.allocation.head}",
-        *(() if made.allocation.job_id else ("# node1, node2, …: names until SLURM has given nodes",)),
+        *(
+            ()
+            if made.allocation.job_id
+            else ("# node1, node2, …: names until SLURM has given nodes",)
+        ),
         *(f"# note: {note}" for note in plan.notes),
     ]
     parts = ["\n".join(head)]

@@ -6,7 +6,7 @@ The default answers are those of one host; ``deploy/slurm/job.py`` has the other
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trtllm_workers.deploy.plan import PlannedProcess
@@ -22,6 +22,8 @@ class Site:
     * ``read`` returns what a process has reported. May raise ConfigError for what it finds there.
     * ``url`` returns an address of the ingress that works from here.
     * ``lost`` returns why a process that died cannot be started again where it was, "" when it can.
+    * ``ask_to_end`` asks processes to drain and end that a signal to their group would kill; it returns
+      those that were asked. It never raises and has a deadline of its own.
     * ``told_to_stop`` returns when somebody asked for the run's end other than by a signal.
     * ``clear`` is awaited after everything has ended; it never raises and has a deadline of its own.
     """
@@ -44,6 +46,11 @@ class Site:
         """Return why a dead process cannot be started again where it was; "" when it can."""
         del process
         return ""
+
+    async def ask_to_end(self, processes: Sequence[PlannedProcess]) -> set[str]:
+        """Ask what a signal would kill to drain and end; return the names of those that were asked."""
+        del processes
+        return set()
 
     async def told_to_stop(self) -> None:
         """Return once somebody has asked for the run's end."""

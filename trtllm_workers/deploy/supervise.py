@@ -34,6 +34,7 @@ from trtllm_workers.deploy.run import (
     ranks_of,
 )
 from trtllm_workers.deploy.shm import remove_left_overs
+from trtllm_workers.deploy.site import Site
 from trtllm_workers.deploy.world import WorldWatch, culprit, exit_status, without_chatter
 from trtllm_workers.errors import StartError
 
@@ -44,6 +45,8 @@ _KILL_WAIT_S = 5.0
 _HURRIED_GRACE_S = 2.0
 # Workers without an ingress have nothing left to do; this is for closing their parts.
 _LAST_STAGE_S = 5.0
+# srun waits so long for slurmd to have killed a step's tasks.
+_STEP_KILL_S = 8.0
 
 
 @dataclass(slots=True)
@@ -119,11 +122,19 @@ class Supervisor:
     * ``deaths`` gets each child that ended, in order, unless ``end`` was called before.
     * A child's pid is not given back to the system before ``bury`` or ``end`` has ended its whole
       group, so signals to the group cannot reach a stranger.
+    * What runs on other hosts is asked to end through the run's ``site``.
     * ``end`` leaves nothing of the run behind; safe after a failed ``start``, safe twice, and safe
       while a ``bury`` is under way.
     """
 
-    def __init__(self, plan: Plan, environ: Mapping[str, str], terminal: Terminal) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        environ: Mapping[str, str],
+        terminal: Terminal,
+        site: Site | None = None,
+    ) -> None:
+        self._site = site or Site()
         self._plan = plan
         self._environ = environ
         self._terminal = terminal
@@ -163,7 +174,8 @@ class Supervisor:
 
     def kill(self, child: Child) -> None:
         """End a child's group without asking; its death is reported as any other."""
-        _signal_groups([child], signal.SIGKILL)
+        # srun answers TERM by killing its step, and KILL by leaving it alone.
+        _signal_groups([child], signal.SIGTERM if child.plan.nodes else signal.SIGKILL)
 
     def child(self, name: str) -> Child:
         """Return the child of that name. Raises KeyError."""
@@ -208,6 +220,9 @@ class Supervisor:
             await self._exited(self.children, _HURRIED_GRACE_S, asyncio.Event())
         in_time = self._all_ended()
         stubborn = [child.name for child in self.children if child.status is None]
+        if far := [child for child in self.children if child.plan.nodes and child.status is None]:
+            _signal_groups(far, signal.SIGTERM)  # what srun answers by killing its step
+            await self._exited(far, _STEP_KILL_S, asyncio.Event())
         if not in_time:
             _signal_groups(self.children, signal.SIGKILL)
         # What left its group (daemons, ranks of a foreign launcher) is still found by run id.
@@ -225,7 +240,11 @@ class Supervisor:
 
     async def _ask_to_end(self, stage: Sequence[Child]) -> None:
         """Send TERM to each group; a world whose mpirun would not let it drain: to its leader alone."""
+        running = [child.plan for child in stage if child.status is None]
+        asked = await self._site.ask_to_end(running) if running else set()
         for child in stage:
+            if child.name in asked:
+                continue
             leader = None
             if child.plan.term_to_leader and child.status is None:
                 found = await asyncio.to_thread(ranks_of, self._plan.run_id, child.name)

@@ -91,7 +91,7 @@ class _Story:
         self._terminal = terminal
         self._asked = asked
         self._began_s = time.monotonic()
-        self._supervisor = Supervisor(plan, environ, terminal)
+        self._supervisor = Supervisor(plan, environ, terminal, site)
         self._reviver = Reviver(plan, self._supervisor, terminal, self._note_processes, pause, site)
         self._ladder = Ladder(
             {one.name: one.role for one in plan.processes}, asyncio.get_running_loop().time()

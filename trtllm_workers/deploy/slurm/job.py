@@ -179,6 +179,31 @@ class JobSite(Site):
                 found[words[1]] = words[2]
         return found
 
+    async def ask_to_end(self, processes: Sequence[PlannedProcess]) -> set[str]:
+        """Send TERM to the tasks of steps: srun itself would take it for an order to kill them."""
+        job_id, run_id = self._made.allocation.job_id, self._made.plan.run_id
+        names = {f"{run_id}.{one.name}": one.name for one in processes}
+        steps = {step: names[name] for step, name in (await self._steps()).items() if name in names}
+        if not steps:
+            return set()
+        said = await run_command(
+            ["scancel", "--signal=TERM", *(f"{job_id}.{step}" for step in steps)],
+            timeout_s=_ASK_TIMEOUT_S,
+        )
+        # A step that ends at once makes scancel fail although it was told.
+        return set() if said.is_missing or said.is_late else set(steps.values())
+
+    async def _steps(self) -> dict[str, str]:
+        """Return the names of the job's steps by their numbers."""
+        words = ["squeue", "-s", "-h", "-j", self._made.allocation.job_id, "-o", f"{_MARK}|%i|%j"]
+        said = await run_command(words, timeout_s=_ASK_TIMEOUT_S)
+        found = {}
+        for line in said.stdout.splitlines():
+            parts = line.split("|")
+            if len(parts) == 3 and parts[0] == _MARK:
+                found[parts[1].rpartition(".")[2]] = parts[2]
+        return found
+
     async def told_to_stop(self) -> None:
         """Return once ``slurm stop`` has left its file: it may run on any host that sees the folder."""
         while not (self._folder / records.STOP).exists():

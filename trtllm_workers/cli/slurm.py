@@ -17,8 +17,8 @@ VERBS = {
     "stop": "End a run: drain, clear its nodes, give its job back.",
     "probe": "Find out what this cluster accepts, and keep it.",
 }
-# Started by multinode/start_frontend_services.sh alone.
-_INTERNAL = ("frontend",)
+# Started by multinode/start_trtllm_worker.sh alone.
+_INTERNAL = ("worker",)
 
 
 class _Verbs(click.Group):

@@ -19,6 +19,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 _NOT_HERE = frozenset(
     {"mpi_launch", "mpi_cmd", "prefill_cuda_visible_devices", "decode_cuda_visible_devices"}
 )
+RUN_DIR_HELP = (
+    "Where runs keep their records.  [default: ~/.local/state/trtllm-launch; env: RUN_DIR]"
+)
 JOB_NAMES = tuple(sorted(TABLE_NAMES - _NOT_HERE))
 _OF_JOBS = frozenset(option.name for option in SLURM_OPTIONS)
 

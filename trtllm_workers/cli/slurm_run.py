@@ -35,6 +35,7 @@ def command(detach: bool, run_id: str | None, **values: Any) -> int:
         prepare_job,
         secrets_of,
     )
+    from trtllm_workers.deploy.slurm.script import output_of
     from trtllm_workers.deploy.up import run_plan
 
     environ = environment()
@@ -67,6 +68,10 @@ def command(detach: bool, run_id: str | None, **values: Any) -> int:
             f"{job.settings.engine}, {made.plan.workers_in_words}{strategy}; {made.layout.in_words()}"
         )
         site = JobSite(made, environ, submitted=run_id is not None)
-        return asyncio.run(run_plan(made.plan, child_environment(), terminal, site=site))
+        code = asyncio.run(run_plan(made.plan, child_environment(), terminal, site=site))
     finally:
         terminal.close()
+    if run_id is not None:
+        # A job that ended well leaves no file; its words were shown to whoever submitted it.
+        output_of(folder).unlink(missing_ok=True)
+    return code

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtllm_workers.config.env import read_text
+from trtllm_workers.config.env import environment, read_text
 from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.options import LAUNCH_OPTIONS
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.config.slurm_options import SLURM_OPTIONS, SlurmSettings, resolve_slurm
 from trtllm_workers.deploy.ask import ask
 from trtllm_workers.deploy.etcd import etcd_password
-from trtllm_workers.deploy.inventory import mpi_flavour, mpiexec_path
+from trtllm_workers.deploy.inventory import find_mpirun, mpi_flavour, mpiexec_path
 from trtllm_workers.deploy.prepare import prepare
 from trtllm_workers.deploy.run import RunFolder
 from trtllm_workers.deploy.slurm import answers
@@ -130,7 +130,9 @@ def likely_mpi_type(job: PreparedJob) -> str:
 def _library(job: PreparedJob) -> MpiNeeds:
     """Return whose MPI library the ranks use; "" when none needs MPI."""
     if job.settings.engine == "trtllm":
-        return "openmpi"
+        # Its own images have Open MPI; on the nodes it is what mpirun is of.
+        flavour = "" if job.slurm.image else find_mpirun(environment())[1]
+        return "mpich" if flavour == "mpich" else "openmpi"
     if not job.layout.any_world:
         return ""
     if job.slurm.image or not mpiexec_path():

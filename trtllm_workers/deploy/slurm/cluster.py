@@ -106,6 +106,7 @@ async def probe(
         default_account=default_account,
         accounts=accounts,
         accepts=outcome.accepts,
+        takes_jobs=not outcome.complaint,
         required=outcome.required,
         partition=chosen[0].partition("=")[2] if chosen else named,
         notes=tuple(notes),

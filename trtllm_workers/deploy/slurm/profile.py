@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from trtllm_workers.deploy.report import duration
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.observe.logs import get_logger
 
@@ -63,7 +64,8 @@ class Profile:
     """What a cluster offers this user, as it answered at ``probed_at_s`` (seconds since 1970).
 
     ``accepts`` maps a directive (``--gpus-per-node``) to its verdict; one that could not be tested is
-    not in it. ``required`` are whole flags without which ``sbatch`` accepted nothing. ``partition`` is
+    not in it. Without ``takes_jobs`` sbatch accepted no job at all, and ``notes`` say what it said.
+    ``required`` are whole flags without which ``sbatch`` accepted nothing. ``partition`` is
     the one the tests named, None where SLURM's default was enough. ``notes`` are for people.
     """
 
@@ -74,6 +76,7 @@ class Profile:
     default_account: str | None = None
     accounts: tuple[str, ...] = ()
     accepts: Mapping[str, Verdict] = field(default_factory=dict)
+    takes_jobs: bool = True
     required: tuple[str, ...] = ()
     partition: str | None = None
     notes: tuple[str, ...] = ()
@@ -142,10 +145,5 @@ def load(path: Path, warn: Callable[[str], object] = log.warning) -> Profile | N
 
 
 def age(profile: Profile, now_s: float) -> str:
-    """Return how long ago a profile was probed, in the largest unit that fits."""
-    past_s = max(0.0, now_s - profile.probed_at_s)
-    for unit_s, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
-        if past_s >= unit_s:
-            count = int(past_s // unit_s)
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return "just now"
+    """Return how long ago a profile was probed, for people."""
+    return f"{duration(max(0.0, now_s - profile.probed_at_s))} ago"

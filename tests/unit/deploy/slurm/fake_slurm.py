@@ -50,6 +50,7 @@ PYXIS_HELP = HELP + "\nOptions provided by plugins:\n      --container-image=[US
 
 NO_GRES = "sbatch: error: Invalid generic resource (gres) specification"
 NO_OPTION = "sbatch: unrecognized option '--segment=1'\nTry \"sbatch --help\" for more information"
+NO_PYXIS = "sbatch: unrecognized option '--container-image=docker://trtllm-launch'"
 NO_ACCOUNT = "allocation failure: Invalid account or account/partition combination specified"
 NO_DATABASE = (
     "You are not running a supported accounting_storage plugin\n"
@@ -106,7 +107,10 @@ class FakeCluster:
 
     def _sbatch(self, calls: Path) -> str:
         lines = [f'echo "$*" >>{shlex.quote(str(calls))}']
-        for flag, words in self.refuses.items():
+        refuses = dict(self.refuses)
+        if self.help != PYXIS_HELP:
+            refuses["--container-image="] = NO_PYXIS
+        for flag, words in refuses.items():
             lines.append(f'case " $* " in *" {flag}"*) {_says(words)} >&2; exit 1;; esac')
         for flag, words in self.wants.items():
             lines.append(f'case " $* " in *" {flag}"*) ;; *) {_says(words)} >&2; exit 1;; esac')

@@ -126,6 +126,7 @@ async def test_probe_tells_which_directives_are_refused_and_in_what_words(
     assert accepts["--gpus-per-node"] == Verdict("refused", NO_GRES)
     assert accepts["--segment"].text.startswith("sbatch: unrecognized option '--segment=1'; Try")
     assert accepts["--gres"] == Verdict("accepted")
+    assert not accepts["--container-image"].is_usable
     taken = {"--exclusive", "--mem", "--no-kill", "--no-requeue", "--signal", "--comment"}
     assert all(accepts[name].is_usable for name in taken)
 
@@ -176,6 +177,7 @@ async def test_probe_of_a_cluster_that_takes_no_job_says_what_sbatch_said(
 ) -> None:
     FakeCluster(wants={"--never": "sbatch: error: maintenance"}).install(tmp_path, monkeypatch)
     profile = await probe(run_command)
+    assert not profile.takes_jobs
     assert profile.accepts == {}
     assert "not even a plain job of one node" in profile.notes[0]
     assert "maintenance" in profile.notes[0]
@@ -371,14 +373,7 @@ def test_a_spoilt_profile_is_named_and_ignored(tmp_path: Path, text: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("past_s", "words"),
-    [
-        (-5, "just now"),
-        (59, "just now"),
-        (60, "1 minute ago"),
-        (7300, "2 hours ago"),
-        (90000, "1 day ago"),
-    ],
+    ("past_s", "words"), [(-5, "0.0 s ago"), (60, "1 min 0 s ago"), (90_000, "1 d 1 h ago")]
 )
 def test_the_age_of_a_profile_is_told(past_s: float, words: str) -> None:
     profile = Profile(cluster_name="hpc", slurm_version="23", probed_at_s=1e9)

@@ -29,7 +29,7 @@ class _Verbs(click.Group):
         if cmd_name not in VERBS and cmd_name not in _INTERNAL:
             return None
         module = importlib.import_module(f"trtllm_workers.cli.slurm_{cmd_name}")
-        command: click.Command = module.command
+        command: click.Command = getattr(module, "command", None) or getattr(module, cmd_name)
         return command
 
     def resolve_command(

@@ -24,6 +24,7 @@ class Site:
     * ``lost`` returns why a process that died cannot be started again where it was, "" when it can.
     * ``ask_to_end`` asks processes to drain and end that a signal to their group would kill; it returns
       those that were asked. It never raises and has a deadline of its own.
+    * ``watch`` runs beside a run that serves; ``end_part`` ends a process whose place is gone.
     * ``told_to_stop`` returns when somebody asked for the run's end other than by a signal.
     * ``clear`` is awaited after everything has ended; it never raises and has a deadline of its own.
     """
@@ -51,6 +52,11 @@ class Site:
         """Ask what a signal would kill to drain and end; return the names of those that were asked."""
         del processes
         return set()
+
+    async def watch(self, end_part: Callable[[str], None]) -> None:
+        """Look after the places of a run until cancelled; end parts, by name, whose place is gone."""
+        del end_part
+        await asyncio.Event().wait()
 
     async def told_to_stop(self) -> None:
         """Return once somebody has asked for the run's end."""

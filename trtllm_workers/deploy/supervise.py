@@ -174,8 +174,18 @@ class Supervisor:
 
     def kill(self, child: Child) -> None:
         """End a child's group without asking; its death is reported as any other."""
-        # srun answers TERM by killing its step, and KILL by leaving it alone.
-        _signal_groups([child], signal.SIGTERM if child.plan.nodes else signal.SIGKILL)
+        if not child.plan.nodes:
+            _signal_groups([child], signal.SIGKILL)
+            return
+        # srun answers TERM by killing its step, and KILL by leaving it alone. On a node that is gone nobody
+        # answers srun, and nothing is left to kill there.
+        _signal_groups([child], signal.SIGTERM)
+
+        def insist() -> None:
+            if child.status is None and child.pidfd >= 0:
+                _signal_groups([child], signal.SIGKILL)
+
+        asyncio.get_running_loop().call_later(_STEP_KILL_S, insist)
 
     def child(self, name: str) -> Child:
         """Return the child of that name. Raises KeyError."""

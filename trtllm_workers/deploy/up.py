@@ -122,13 +122,25 @@ class _Story:
                 self._supervisor.start()
                 self._note_processes()
                 await self._become_ready()
-                await self._reviver.serve(self._asked.stop, self._death)
+                await self._serve()
             failed = False
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
             await self._end(failed)
         return EXIT_INTERRUPTED if self._asked.stop.result() is signal.SIGINT else 0
+
+    async def _serve(self) -> None:
+        watching = asyncio.create_task(self._site.watch(self._end_part))
+        try:
+            await self._reviver.serve(self._asked.stop, self._death)
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    def _end_part(self, name: str) -> None:
+        with suppress(KeyError):
+            self._supervisor.kill(self._supervisor.child(name))
 
     async def _watch_for_stop(self) -> None:
         await self._site.told_to_stop()

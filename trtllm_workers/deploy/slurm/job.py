@@ -30,10 +30,13 @@ from trtllm_workers.observe.status import Status, read_status
 _ASK_TIMEOUT_S = 10.0
 _CLEAR_TIMEOUT_S = 20.0
 _LOOK_S = 0.25
+_NODES_EVERY_S = 5.0
 _MOST_CLOCK_DIFFERENCE_S = 5.0
 _END_WAIT_S = 5.0
 _LAST_LINES = 8
-_IS_LOST = re.compile(r"^(down|fail|error|unk|no_respond|powered|power)|\*$", re.IGNORECASE)
+_IS_GONE = re.compile(r"^(down|fail|error|unk|powered|power)", re.IGNORECASE)
+# A node that does not answer may do so again; where a part has died as well, it is taken for gone.
+_IS_LOST = re.compile(rf"{_IS_GONE.pattern}|\*$", re.IGNORECASE)
 _MARK = "trtllm-launch-node"
 
 # What srun says, and what to do about it.
@@ -162,7 +165,7 @@ class JobSite(Site):
                 records.rank_path(self._folder, process.name, rank).unlink()
         states = await self.node_states(process.nodes)
         lost = {node: state for node, state in states.items() if _IS_LOST.search(state)}
-        return ", ".join(f"node {node} is {state.rstrip('*')}" for node, state in lost.items())
+        return ", ".join(f"node {_in_words(node, state)}" for node, state in lost.items())
 
     async def node_states(self, nodes: Sequence[str]) -> dict[str, str]:
         """Return each node's state in SLURM's words; without those it does not tell."""
@@ -203,6 +206,23 @@ class JobSite(Site):
             if len(parts) == 3 and parts[0] == _MARK:
                 found[parts[1].rpartition(".")[2]] = parts[2]
         return found
+
+    async def watch(self, end_part: Callable[[str], None]) -> None:
+        """End the parts of nodes that SLURM has given up; srun itself may wait for them for minutes."""
+        given_up: set[str] = set()
+        while True:
+            await asyncio.sleep(_NODES_EVERY_S)
+            states = await self.node_states(self._made.allocation.nodes)
+            for node, state in states.items():
+                if node in given_up or not _IS_GONE.search(state):
+                    continue
+                given_up.add(node)
+                parts = [part.name for part in self._parts.values() if node in part.nodes]
+                self._say(
+                    f"node {node} is {state.rstrip('*')}: {' and '.join(parts) or 'nothing'} ran there"
+                )
+                for name in parts:
+                    end_part(name)
 
     async def told_to_stop(self) -> None:
         """Return once ``slurm stop`` has left its file: it may run on any host that sees the folder."""
@@ -410,6 +430,14 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             async with asyncio.timeout(_END_WAIT_S):
                 await process.wait()
                 return
+
+
+def _in_words(node: str, state: str) -> str:
+    return (
+        f"{node} is {state.rstrip('*')}"
+        if _IS_GONE.search(state)
+        else f"{node} does not answer SLURM"
+    )
 
 
 def _missing(part: records.Part, ranks: Mapping[int, records.RankRecord]) -> str:

@@ -27,11 +27,9 @@ from trtllm_workers.transfer.ucx_native import (
     OK,
     MappedMemory,
     Native,
-    Pieces,
-    PinnedBytes,
     UcxError,
-    block_pieces,
 )
+from trtllm_workers.transfer.ucx_pieces import Pieces, PinnedBytes, block_pieces
 
 QUEUE: Final = 512  # messages that may wait for a worker, each in a segment of shared memory
 # Segments of a peer that one channel asks for at a time. Fewer than the queue holds: an owner whose reader

@@ -34,8 +34,8 @@ from trtllm_workers.transfer.ucx_card import (
     started_ticks,
     this_host,
 )
-from trtllm_workers.transfer.ucx_native import SEGMENT_BYTES, Pieces, block_pieces
 from trtllm_workers.transfer.ucx_notify import MAX_MESSAGE_BYTES
+from trtllm_workers.transfer.ucx_pieces import SEGMENT_BYTES, Pieces, block_pieces
 from trtllm_workers.transfer.ucx_worker import WINDOW
 
 UCX = next(kind for kind in KINDS if kind.name == "ucx")

@@ -38,7 +38,7 @@ from trtllm_workers.transfer.ucx_notify import MAX_MESSAGE_BYTES
 from trtllm_workers.transfer.ucx_pieces import SEGMENT_BYTES, Pieces, block_pieces
 from trtllm_workers.transfer.ucx_worker import WINDOW
 
-UCX = next(kind for kind in KINDS if kind.name == "ucx")
+UCX = next(kind for kind in KINDS if kind.title == "ucx")
 PRIVATE_HOST = "192.0.2.1"  # not loopback; nothing listens on it
 SHORT_S = 0.4
 LISTENING = "0A"

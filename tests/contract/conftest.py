@@ -67,7 +67,7 @@ async def stage(
     transport_kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Stage]:
     """Our end of a KV transport, and its peers."""
-    for name, value in transport_kind.environ.items():
+    for name, value in transport_kind.environ:
         monkeypatch.setenv(name, value)
     made = Stage(transport_kind, lambda: (tmp_path / os.urandom(8).hex()).open("w+b"))
     yield made

@@ -14,10 +14,9 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Any
 
 import msgspec
@@ -55,7 +54,7 @@ class Kind:
     packages: tuple[str, ...] = ()
     wire: str = ""
     host: str = "127.0.0.1"
-    environ: Mapping[str, str] = MappingProxyType({})
+    environ: tuple[tuple[str, str], ...] = ()
 
     @property
     def title(self) -> str:
@@ -88,7 +87,7 @@ KINDS = (
         packages=("ucxx",),
         wire="tcp",
         host="192.0.2.1",  # not loopback, where ucx uses no network
-        environ=MappingProxyType({"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}),
+        environ=(("UCX_TLS", "tcp"), ("UCX_NET_DEVICES", "lo")),
     ),
     Kind("nixl", token_at=2, packages=("nixl_cu12", "nixl_cu13")),
 )

@@ -169,39 +169,39 @@ class UcxLink:
         deadline = asyncio.get_running_loop().time() + timeout_s
         what = _CONNECTING
         async with self._opening:
-            if self._channel is not None:
-                if not await self._broke_unseen(self._channel):
-                    return self._channel
-                broken, self._channel = self._channel, None
-                await self._end(broken)
+            channel = self._channel
+            if channel is not None:
+                if not await self._broke_unseen(channel):
+                    return channel
+                if self._channel is channel:
+                    self._channel = None
+                await self._end(channel)
             self._check_usable(what)
             try:
-                channel: AnyChannel = await self._run(self._reach)
+                reached: AnyChannel = await self._run(self._reach)
             except self._setting.native.failures as error:
                 raise self._failed(what, f"{error}{self._why_no_network()}") from error
-            await self._settle(what, channel, channel.start_hello, deadline, timeout_s)
-            if self._closed or not channel.hello_matches():
-                await self._end(channel)
+            await self._settle(what, reached, reached.start_hello, deadline, timeout_s)
+            if self._closed or not reached.hello_matches():
+                await self._end(reached)
                 self._check_usable(what)
                 raise self._failed(what, "another process answers at its address")
-            self._wire = _wire_name(channel.transports())
-            self._channel = channel
-            return channel
+            self._wire = _wire_name(reached.transports())
+            self._channel = reached
+            return reached
 
     def _reach(self) -> AnyChannel:
         """Return a connection over the best wire there is. Raises what ``Native.failures`` names."""
-        use = self._setting
+        use, pool = self._setting, self._setting.server.pinned
+        self._over_network = False
+        if use.net_options is None or not self._peer.net_worker:
+            return Channel(use.native, use.options, pool, self._peer)
         try:
-            channel: AnyChannel = Channel(use.native, use.options, use.server.pinned, self._peer)
-            self._over_network = False
+            with use.native.silence():
+                return Channel(use.native, use.options, pool, self._peer)
         except use.native.failures:
-            if use.net_options is None or not self._peer.net_worker:
-                raise
-            channel = NetChannel(
-                use.native, use.net_options, use.server.pinned, self._peer, use.our_id
-            )
             self._over_network = True
-        return channel
+            return NetChannel(use.native, use.net_options, pool, self._peer, use.our_id)
 
     def _why_no_network(self) -> str:
         if self._setting.net_options is None:

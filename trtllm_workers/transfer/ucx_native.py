@@ -9,8 +9,10 @@ GIL away after each one could cost a thread switch of 5 ms each in a busy proces
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as c
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -124,6 +126,7 @@ class FailureNote:
 
 # For endpoints whose requests report the failure. UCX only wants somebody to be told.
 _NOBODY: Final = FailureNote()
+_SILENCE: Final = threading.Lock()  # the level is the whole process's
 
 
 class UcxError(Exception):
@@ -156,18 +159,6 @@ def load() -> Native:
             "the ucx transport found no libucp beside ucxx; run: pip install 'trtllm-launch[ucx]'"
         )
     return Native(ucxx, libraries[0], libraries[-1]._name)
-
-
-def _quieten(libucs: Any) -> None:
-    """Keep UCX's warnings off stdout, unless the operator asked for another level.
-
-    ucxx sets a variable that its own build of UCX does not know, and every request that ends with its
-    worker is a warning.
-    """
-    level = c.create_string_buffer(64)
-    libucs.ucs_global_opts_get_value(b"LOG_LEVEL", level, c.c_size_t(len(level)))
-    if level.value.lower() == b"warn":
-        libucs.ucs_global_opts_set_value(b"LOG_LEVEL", b"error")
 
 
 class Native:
@@ -219,7 +210,31 @@ class Native:
         self._describe = bind(quick, "ucs_status_string", c.c_char_p, _STATUS)
         self._plain = _RequestParam()
         self._forced = _RequestParam(mask=_MASK_FLAGS, flags=_CLOSE_BY_FORCE)
-        _quieten(libucs)
+        self._libucs = libucs
+        # ucxx sets a variable that its own build of UCX does not know, and every request that ends with
+        # its worker is a warning: kept off stdout, unless the operator asked for another level.
+        if self._log_level() == b"warn":
+            self._set_log_level(b"error")
+
+    def _log_level(self) -> bytes:
+        level = c.create_string_buffer(64)
+        self._libucs.ucs_global_opts_get_value(b"LOG_LEVEL", level, c.c_size_t(len(level)))
+        return level.value.lower()
+
+    def _set_log_level(self, level: bytes) -> None:
+        self._libucs.ucs_global_opts_set_value(b"LOG_LEVEL", level)
+
+    @contextlib.contextmanager
+    def silence(self) -> Iterator[None]:
+        """Keep UCX from printing what it finds wrong: for a try that may well fail."""
+        with _SILENCE:
+            level = self._log_level()
+            if level == b"error":  # all else was asked for by the operator
+                self._set_log_level(b"fatal")
+            try:
+                yield
+            finally:
+                self._set_log_level(level)
 
     @property
     def failures(self) -> tuple[type[Exception], ...]:

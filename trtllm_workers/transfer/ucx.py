@@ -49,7 +49,7 @@ from trtllm_workers.transfer.ucx_link import LinkSetting, UcxLink
 from trtllm_workers.transfer.ucx_net_server import NetServer
 from trtllm_workers.transfer.ucx_notify import Notifier
 from trtllm_workers.transfer.ucx_pieces import PinnedBytes
-from trtllm_workers.transfer.ucx_wires import Wires, choose_wires
+from trtllm_workers.transfer.ucx_wires import EVERYTHING, Wires, choose_wires
 from trtllm_workers.transfer.ucx_worker import QUEUE, Channel, Server
 from trtllm_workers.types import TransportCard
 
@@ -148,10 +148,11 @@ class UcxTransport:
             addresses_of_interfaces(),
         )
         if wires.messages is not None:
+            given = native.option("NET_DEVICES")
             log.info(
                 "ucx over TCP is for peers that shared memory and RDMA do not reach",
-                devices=wires.messages.get("NET_DEVICES", native.option("NET_DEVICES")),
-                chosen_by="our address" if "NET_DEVICES" in wires.messages else "UCX_NET_DEVICES",
+                devices=wires.messages.get("NET_DEVICES", given),
+                chosen_by="UCX_NET_DEVICES" if given != EVERYTHING else f"our address {self._host}",
             )
         return wires
 

@@ -389,10 +389,15 @@ class Native:
         if request < _FIRST_ERROR:
             self._cancel(worker, request)
 
-    def take_messages(self, worker: int, tag: int) -> Iterator[tuple[int, int]]:
-        """Yield (message handle, length) of each message that has arrived; each must be received."""
+    def take_messages(
+        self, worker: int, tag: int, mask: int = 2**64 - 1
+    ) -> Iterator[tuple[int, int]]:
+        """Yield (message handle, length) of each message that no receipt was posted for.
+
+        Each must be received. ``mask`` 0: whatever their tag is.
+        """
         info = _TagInfo()
-        while message := self._tag_probe(worker, tag, 2**64 - 1, 1, c.byref(info)):
+        while message := self._tag_probe(worker, tag, mask, 1, c.byref(info)):
             yield message, info.length
 
     def start_receive(self, worker: int, message: int, into: c.Array[c.c_char]) -> int | None:

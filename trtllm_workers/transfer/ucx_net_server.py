@@ -2,8 +2,9 @@
 
 One worker and one thread serve all peers; the thread sleeps on the worker's event descriptor while
 nothing moves. A peer that stands still fills its own socket and delays nobody else's. Every operation has
-the deadline that its asker has: then, and when the connection breaks, the endpoint is closed and every
-receipt that has not been filled is taken back, so that nothing lands in the pool later.
+the deadline that its asker has: then, and when the connection breaks, every receipt that has not been filled
+is taken back, so that nothing lands in the pool later. What a writer sends after that finds no receipt and
+is thrown away: closing our endpoint does not stop it, UCX keeps the socket as long as the writer does.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import structlog
 
 from trtllm_workers.transfer.base import OnNotify
 from trtllm_workers.transfer.ucx_native import IN_PROGRESS, OK, FailureNote, Native, UcxError
-from trtllm_workers.transfer.ucx_pieces import PinnedBytes
+from trtllm_workers.transfer.ucx_pieces import SEGMENT_BYTES, PinnedBytes
 from trtllm_workers.transfer.ucx_talk import (
     CONTROL_TAG,
     MAX_CONTROL_BYTES,
@@ -95,6 +96,7 @@ class NetServer:
         self._askers: dict[int, _Asker] = {}
         self._failed: deque[int] = deque()
         self._arriving: list[tuple[int | None, ctypes.Array[ctypes.c_char]]] = []
+        self._strays: deque[tuple[int | None, ctypes.Array[ctypes.c_char]]] = deque()
         self._ending: list[tuple[list[int], _Asker]] = []
         self._data_tag = int.from_bytes(os.urandom(7), "big")
         feature = native.ucxx.Feature
@@ -202,19 +204,24 @@ class NetServer:
                 self._ending.remove(entry)
 
     def _take_messages(self) -> None:
-        for message, length in self._native.take_messages(self._handle, CONTROL_TAG):
+        native = self._native
+        for message, length in native.take_messages(self._handle, CONTROL_TAG):
             # A longer one is no message of ours: UCX cuts it off and reports an error.
             into = ctypes.create_string_buffer(min(length, MAX_CONTROL_BYTES))
-            request = self._native.start_receive(self._handle, message, into)
-            self._arriving.append((request, into))
+            self._arriving.append((native.start_receive(self._handle, message, into), into))
+        for message, length in native.take_messages(self._handle, 0, mask=0):
+            into = ctypes.create_string_buffer(min(length, SEGMENT_BYTES))
+            self._strays.append((native.start_receive(self._handle, message, into), into))
+        while self._strays and native.state(self._strays[0][0]) != IN_PROGRESS:
+            native.finish(self._strays.popleft()[0])
         # One that stays incomplete because its sender died holds up nobody else's.
         for entry in list(self._arriving):
             request, into = entry
-            status = self._native.state(request)
+            status = native.state(request)
             if status == IN_PROGRESS:
                 continue
             self._arriving.remove(entry)
-            self._native.finish(request)
+            native.finish(request)
             if status == OK:
                 self._take(into.raw)
 

@@ -53,7 +53,7 @@ async def harness(
         await made.close()
 
 
-@pytest.fixture(params=TRANSPORT_KINDS, ids=[kind.name for kind in TRANSPORT_KINDS])
+@pytest.fixture(params=TRANSPORT_KINDS, ids=[kind.title for kind in TRANSPORT_KINDS])
 def transport_kind(request: pytest.FixtureRequest) -> Kind:
     """Each KV transport in turn that has its package."""
     kind: Kind = request.param
@@ -63,8 +63,12 @@ def transport_kind(request: pytest.FixtureRequest) -> Kind:
 
 
 @pytest.fixture
-async def stage(transport_kind: Kind, tmp_path: Path) -> AsyncIterator[Stage]:
+async def stage(
+    transport_kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Stage]:
     """Our end of a KV transport, and its peers."""
+    for name, value in transport_kind.environ:
+        monkeypatch.setenv(name, value)
     made = Stage(transport_kind, lambda: (tmp_path / os.urandom(8).hex()).open("w+b"))
     yield made
     await made.close()

@@ -36,17 +36,38 @@ SHORT_S = 0.4  # the deadline of what is meant to miss it
 SLACK_S = 5.0  # a shared machine may let us wait that long beside it
 BIG_BYTES = 256 * 1024
 MARK = b"\xa5"
+HOST_AT = 7  # where an address of ucx says which host it is of
 OURS = 1  # seeds: what our pool holds in the beginning
 THEIRS = 2
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One transport. Any of ``packages`` is needed; ``token_at`` is where an address has its token."""
+    """One transport. Any of ``packages`` is needed; ``token_at`` is where an address has its token.
+
+    ``environ`` makes it use one wire only, to peers at ``host``; such peers do not seem to run on this host, so
+    that nobody sees the end of their processes.
+    """
 
     name: str
     token_at: int
     packages: tuple[str, ...] = ()
+    wire: str = ""
+    host: str = "127.0.0.1"
+    environ: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What the tests call it."""
+        return f"{self.name}-{self.wire}" if self.wire else self.name
+
+    def seen_from_elsewhere(self, card: TransportCard) -> TransportCard:
+        """Return the card as a peer on another host has it."""
+        if not self.environ:
+            return card
+        address = msgspec.msgpack.decode(card.address)
+        address[HOST_AT] = ["another-boot", 0]
+        return msgspec.structs.replace(card, address=msgspec.msgpack.encode(address))
 
     def missing(self) -> str | None:
         """Return why this transport cannot be tested here, or None."""
@@ -60,6 +81,14 @@ class Kind:
 KINDS = (
     Kind("tcp", token_at=2),
     Kind("ucx", token_at=6, packages=("ucxx",)),
+    Kind(
+        "ucx",
+        token_at=6,
+        packages=("ucxx",),
+        wire="tcp",
+        host="192.0.2.1",  # not loopback, where ucx uses no network
+        environ=(("UCX_TLS", "tcp"), ("UCX_NET_DEVICES", "lo")),
+    ),
     Kind("nixl", token_at=2, packages=("nixl_cu12", "nixl_cu13")),
 )
 
@@ -101,7 +130,9 @@ class Peer:
             block_bytes=block_bytes,
             seed=THEIRS,
         )
-        self.card = msgspec.msgpack.decode(base64.b64decode(card), type=TransportCard)
+        self.card = kind.seen_from_elsewhere(
+            msgspec.msgpack.decode(base64.b64decode(card), type=TransportCard)
+        )
 
     async def order(self, do: str, **args: Any) -> None:
         """Send an order without waiting for its answer."""
@@ -178,7 +209,7 @@ class Stage:
         num_blocks: int = NUM_BLOCKS,
         block_bytes: int = BLOCK_BYTES,
         peer_id: str = "ours",
-        host: str = "127.0.0.1",
+        host: str = "",
         **layout: Any,
     ) -> tuple[KvTransport, KvPool]:
         """Return a started transport with a pool of the OURS pattern."""
@@ -188,14 +219,16 @@ class Stage:
         await transport.start(pool)
         return transport, pool
 
-    def opened(self, *, peer_id: str = "ours", host: str = "127.0.0.1") -> KvTransport:
+    def opened(self, *, peer_id: str = "ours", host: str = "") -> KvTransport:
         """Return a transport that has not been started."""
 
         def on_notify(who: str, message: bytes) -> None:
             self.notes.append((who, message))
             self.noted.set()
 
-        transport = open_transport(self.kind.name, peer_id=peer_id, host=host, on_notify=on_notify)
+        transport = open_transport(
+            self.kind.name, peer_id=peer_id, host=host or self.kind.host, on_notify=on_notify
+        )
         self._transports.append(transport)
         return transport
 
@@ -205,12 +238,12 @@ class Stage:
         *,
         num_blocks: int = NUM_BLOCKS,
         block_bytes: int = BLOCK_BYTES,
-        host: str = "127.0.0.1",
+        host: str = "",
     ) -> Peer:
         """Return a started child process."""
         peer = Peer(peer_id, self._output())
         self._peers.append(peer)
-        await peer.start(self.kind, num_blocks, block_bytes, host)
+        await peer.start(self.kind, num_blocks, block_bytes, host or self.kind.host)
         return peer
 
     async def linked(

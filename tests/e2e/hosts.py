@@ -1,7 +1,8 @@
 """Hosts of our own on one machine: network namespaces behind a switch, each with its name. Needs root.
 
-Each has its own interfaces, loopback, ports, host name and ``/etc/hosts``; the file system is shared. Names
-``host1``, ``host2`` … resolve inside. Nothing of the machine's own network is touched.
+Each has its own interfaces, loopback, ports, host name, ``/etc/hosts`` and boot id, by which programs tell
+whether two processes can share memory; the file system is shared. Names ``host1``, ``host2`` … resolve inside.
+Nothing of the machine's own network is touched.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,10 +53,13 @@ class Host:
         self.address = f"10.99.0.{index}"
         self.address6 = f"fd99::{index}"
         self.port = f"p{index}"  # its plug at the switch
+        self.boot_id = network.folder / self.name
 
     def argv(self, words: Sequence[str]) -> list[str]:
         """Return what runs a command on this host."""
-        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
+        # Mounted where nobody else sees it: "ip netns exec" gives each command mounts of its own.
+        be = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && hostname "${0##*/}" && exec "$@"'
+        named = ["unshare", "--uts", "sh", "-c", be, str(self.boot_id)]
         return ["ip", "netns", "exec", self.namespace, *named, *words]
 
     def start(self, words: Sequence[str], environ: dict[str, str], cwd: Path) -> Process:
@@ -81,6 +87,7 @@ class Network:
     def __init__(self, num_hosts: int) -> None:
         self.tag = f"t{os.getpid()}"
         self._switch = f"{self.tag}sw"
+        self.folder = Path(tempfile.mkdtemp(prefix=self.tag))
         self.hosts = [Host(self, index) for index in range(1, num_hosts + 1)]
 
     def make(self) -> None:
@@ -92,6 +99,7 @@ class Network:
             folder = _ETC / host.namespace
             folder.mkdir(parents=True)
             (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+            host.boot_id.write_text(f"{uuid.uuid4()}\n")
             inside = ("-n", host.namespace)
             _ip("netns", "add", host.namespace)
             _ip(
@@ -112,6 +120,7 @@ class Network:
         for namespace in (self._switch, *(host.namespace for host in self.hosts)):
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
             shutil.rmtree(_ETC / namespace, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             _ETC.rmdir()  # only when it is empty
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import signal
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.guide import ROOT, Guide, Step
-from tests.e2e.harness import Process, Workbench
+from tests.e2e.guide import Step
+from tests.e2e.harness import Workbench
 from tests.e2e.hosts import Network, needs_hosts, network
+from tests.e2e.rehearsal import Rehearsal, within
 
+TRANSPORTS = [
+    pytest.param(
+        "ucx",
+        marks=pytest.mark.skipif(find_spec("ucxx") is None, reason="ucxx is not installed"),
+    ),
+    "tcp",
+]
 pytestmark = [needs_hosts, pytest.mark.timeout(240)]
-BODY = {
-    "model": "demo",
-    "prompt": "A prompt that fills more than one block of KV, so that something is to be moved. "
-    * 3,
-    "max_tokens": 16,
-    "temperature": 0,
-}
-ASK = "curl -s -m 60 http://host1:8000/v1/completions -H 'content-type: application/json' -d "
 
 
 @pytest.fixture
@@ -33,46 +32,16 @@ def three() -> Iterator[Network]:
         yield made
 
 
-class Rehearsal(Guide):
-    """A deployment on three hosts, and what it says."""
-
-    def launch(self, host: int, words: str) -> Process:
-        return self.start(Step(host, f"{ROOT}/launch/{words}"))
-
-    def answer(self, number: int = 0) -> str:
-        """Return the text of a greedy answer; prompts of different numbers share no block."""
-        body = json.dumps(BODY | {"prompt": f"{number} {BODY['prompt']}"})
-        told = json.loads(self.run(Step(1, f"{ASK}'{body}'")))
-        assert "choices" in told, told
-        return str(told["choices"][0]["text"])
-
-    def ready(self) -> None:
-        self.until(Step(1, "curl -s http://host1:8000/ready"), '{"status":"ready"}')
-
-    def metric(self, name: str) -> float:
-        told = self.run(Step(1, "curl -s http://host1:8000/metrics"))
-        return sum(
-            map(float, re.findall(rf"^trtllm_launch_{name}{{.*}} (\S+)$", told, re.MULTILINE))
-        )
-
-    def balanced(self) -> bool:
-        return self.metric("blocks_allocated_total") == self.metric("blocks_freed_total")
-
-
-def within(seconds: float, met: object) -> None:
-    assert callable(met)
-    deadline = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < deadline
-
-
-def test_a_prefill_host_that_is_cut_off_and_comes_back(bench: Workbench, three: Network) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_prefill_host_that_is_cut_off_and_comes_back(
+    bench: Workbench, three: Network, transport: str
+) -> None:
     play = Rehearsal(bench, three)
     for environ in play.environ:
         environ |= {
             "DISCOVERY": (bench.path / "shared").as_uri(),
             "PREFILL_DISPATCH": "direct",
-            "KV_TRANSPORT": "tcp",
+            "KV_TRANSPORT": transport,
             "CANARY_INTERVAL_S": "0",
         }
     play.launch(1, "skeleton_disagg.sh ingress")
@@ -86,7 +55,7 @@ def test_a_prefill_host_that_is_cut_off_and_comes_back(bench: Workbench, three: 
     assert [play.answer(9) for _ in range(2)] == [play.answer(9)] * 2
     decode.wait_line("prompt is computed here after all")
     three.plug(three.hosts[2], into=True)
-    decode.wait_line(r"prefill worker ready .*")
+    decode.wait_line(rf"prefill worker ready (?=.*transport={transport}\b)(?=.*wire=tcp\b)")
     play.ready()
     moved = play.metric("kv_transfers_total")
 

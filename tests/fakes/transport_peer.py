@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+import structlog
 
 from trtllm_workers.errors import TransferError
 from trtllm_workers.transfer.base import KvLink, KvPool
@@ -137,4 +138,6 @@ async def main(control: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    # What is on stdout comes from a transport's library.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     asyncio.run(main(socket.socket(fileno=int(sys.argv[1]))))

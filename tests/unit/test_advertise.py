@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from trtllm_workers.config.interfaces import InterfaceAddress, addresses_of_interfaces
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.planes import advertise
 from trtllm_workers.planes.advertise import advertised_host
-from trtllm_workers.planes.interfaces import InterfaceAddress, addresses_of_interfaces
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 DEFAULT = "default"

@@ -9,8 +9,8 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
+from trtllm_workers.config.interfaces import addresses_of_interfaces
 from trtllm_workers.errors import ConfigError
-from trtllm_workers.planes.interfaces import addresses_of_interfaces
 
 _LOOKUP_TIMEOUT_S: Final = 2.0  # for all names together
 _EVERY_ADDRESS: Final = {"": socket.AF_INET, "0.0.0.0": socket.AF_INET, "::": socket.AF_INET6}

@@ -1,16 +1,21 @@
-"""The ucx transport: one-sided reads and writes of KV blocks over UCX, through ucxx.
+"""The ucx transport: KV blocks over UCX, through ucxx.
 
-    ucx.py         transport: start, card, connect, close
-    ucx_link.py    one peer: deadlines, failures, when bytes have stopped
-    ucx_worker.py  the UCX worker that moves bytes, driven by ucxx's C++ thread
-    ucx_notify.py  the UCX worker that carries messages, driven by the event loop
-    ucx_card.py    what stands in a card; whether a peer's process lives
-    ucx_native.py  the calls of libucp that ucxx's Python API lacks
+    ucx.py             transport: start, card, connect, close
+    ucx_wires.py       what may carry bytes, from UCX_TLS, UCX_NET_DEVICES and our address
+    ucx_link.py        one peer: deadlines, failures, when bytes have stopped
+    ucx_worker.py      one-sided: the UCX worker that moves bytes, driven by ucxx's C++ thread
+    ucx_notify.py      one-sided: the UCX worker that carries messages, driven by the event loop
+    ucx_net_channel.py messages: the end that reads and writes
+    ucx_net_server.py  messages: the end that owns the pool, and its thread
+    ucx_talk.py        messages: what the two say
+    ucx_card.py        what stands in a card; whether a peer's process lives
+    ucx_pieces.py      which bytes go where
+    ucx_native.py      the calls of libucp that ucxx's Python API lacks
 
-What carries the bytes is UCX's choice, but not its tcp: UCX 1.21 ends the whole process of an owner
-(``ucs_fatal``) when a reader's connection breaks while an emulated get is being answered, its ports
-authenticate nobody, and this project's own tcp transport is as fast. So peers meet over shared memory or
-RDMA. On a loopback ``host`` no network device is used at all; elsewhere ``UCX_TLS`` overrules this.
+Peers meet one-sided over shared memory or RDMA where UCX finds either. Elsewhere the owner is asked for the
+blocks and sends them as messages over UCX's tcp: emulated gets would be less to write, but UCX 1.21 ends
+the owner's whole process when a reader's connection breaks while one is being answered. On a loopback
+``host`` no network device is used at all; elsewhere ``UCX_TLS`` and ``UCX_NET_DEVICES`` overrule us.
 
 In one process with mpi4py, import ucxx before it: the mpich and Open MPI wheels bring a libucp of the
 same name, and the second one to be loaded finds the first one's symbols.
@@ -19,15 +24,18 @@ same name, and the second one to be loaded finds the first one's symbols.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import contextlib
 import os
 import secrets
+import socket
 from collections import deque
 from collections.abc import Mapping
 from typing import Final
 
 import msgspec
+import structlog
 
+from trtllm_workers.config.interfaces import addresses_of_interfaces
 from trtllm_workers.errors import TransferError, TransferFailed, TransportUnavailable
 from trtllm_workers.transfer import ucx_native
 from trtllm_workers.transfer.base import KvLink, KvPool, OnNotify, check_layouts
@@ -38,15 +46,17 @@ from trtllm_workers.transfer.ucx_card import (
     this_host,
 )
 from trtllm_workers.transfer.ucx_link import LinkSetting, UcxLink
+from trtllm_workers.transfer.ucx_net_server import NetServer
 from trtllm_workers.transfer.ucx_notify import Notifier
+from trtllm_workers.transfer.ucx_pieces import PinnedBytes
+from trtllm_workers.transfer.ucx_wires import EVERYTHING, Wires, choose_wires
 from trtllm_workers.transfer.ucx_worker import QUEUE, Channel, Server
 from trtllm_workers.types import TransportCard
 
+log = structlog.get_logger(__name__)
+
 _TOKEN_BYTES: Final = 32
-# Shared memory counts as able to report dead peers only with this, and endpoints ask for it.
-# Until an owner notices that a reader died in the middle of an answer, its worker has something to send
-# and cannot sleep; UCX would look only every 20 s.
-_OPTIONS: Final = {"MM_ERROR_HANDLING": "y", "KEEPALIVE_INTERVAL": "1s"}
+_LOOKUP_S: Final = 2.0  # for our own name
 # A block of 32 KiB fits in one message. 512 of them may be under way: with fewer, a busy host's scheduler
 # has to change between the two processes more often. All buffers lie in one segment (21 MiB per worker and
 # per peer), which a peer has attached once it has answered the first time: UCX ends the process of an
@@ -76,6 +86,7 @@ class UcxTransport:
         self._card: TransportCard | None = None
         self._setting: LinkSetting | None = None
         self._links: set[UcxLink] = set()
+        self._net: NetServer | None = None
         self._parked: deque[Channel] = deque()
         self._closed = False
 
@@ -88,43 +99,83 @@ class UcxTransport:
             raise TransferError("the ucx transport was started or closed before")
         native = await asyncio.to_thread(ucx_native.load)
         token = secrets.token_bytes(_TOKEN_BYTES)
-        options = {**_OPTIONS, **_carriers(native, self._host)}
-        try:
-            server = await asyncio.to_thread(
-                Server, native, {**options, **_DATA_OPTIONS}, pool, token
-            )
+        wires = await self._wires(native)
+        options = {**wires.one_sided, **_DATA_OPTIONS}
+        with contextlib.ExitStack() as undo:
             try:
+                server = await asyncio.to_thread(Server, native, options, pool, token)
+                undo.callback(server.close)
                 notifier = Notifier(
                     native,
-                    options,
+                    wires.one_sided,
                     peer_id=self._peer_id,
                     token=token,
                     on_notify=self._on_notify,
                 )
-            except BaseException:
-                server.close()
-                raise
-        except native.failures as error:
-            raise TransportUnavailable(
-                f"UCX cannot start on this host ({error}); is kernel.shmmax above 32 MiB? "
-                "Or choose another transport"
-            ) from error
+                undo.callback(notifier.close)
+            except native.failures as error:
+                raise TransportUnavailable(
+                    f"UCX cannot start on this host ({error}); is kernel.shmmax above 32 MiB? "
+                    "Or choose another transport"
+                ) from error
+            self._net = await self._serve_network(native, wires.messages, server.pinned, token)
+            undo.pop_all()
         self._setting = LinkSetting(
-            native,
-            {**options, **_DATA_OPTIONS},
-            pool,
-            server,
-            notifier,
-            self._links.discard,
-            self._park,
+            our_id=self._peer_id,
+            native=native,
+            options=options,
+            net_options=wires.messages if self._net is not None else None,
+            pool=pool,
+            server=server,
+            notifier=notifier,
+            forget=self._links.discard,
+            park=self._park,
         )
         self._card = TransportCard(
             transport=self.name,
             peer_id=self._peer_id,
             layout=pool.layout,
             num_blocks=pool.num_blocks,
-            address=msgspec.msgpack.encode(_address(server, notifier, token)),
+            address=msgspec.msgpack.encode(_address(server, notifier, self._net, token)),
         )
+
+    async def _wires(self, native: ucx_native.Native) -> Wires:
+        wires = choose_wires(
+            native.option("TLS"),
+            native.option("NET_DEVICES"),
+            self._host,
+            await _addresses_of(self._host),
+            addresses_of_interfaces(),
+        )
+        if wires.messages is not None:
+            given = native.option("NET_DEVICES")
+            log.info(
+                "ucx over TCP is for peers that shared memory and RDMA do not reach",
+                devices=wires.messages.get("NET_DEVICES", given),
+                chosen_by="UCX_NET_DEVICES" if given != EVERYTHING else f"our address {self._host}",
+            )
+        return wires
+
+    async def _serve_network(
+        self,
+        native: ucx_native.Native,
+        options: Mapping[str, str] | None,
+        pool: PinnedBytes,
+        token: bytes,
+    ) -> NetServer | None:
+        if options is None:
+            return None
+        loop = asyncio.get_running_loop()
+        try:
+            return await asyncio.to_thread(
+                NetServer, native, options, pool, token, self._on_notify, loop
+            )
+        except native.failures as error:
+            log.warning(
+                "ucx reaches no peer over TCP; UCX_NET_DEVICES names the network interfaces it may use",
+                reason=str(error),
+            )
+            return None
 
     def card(self) -> TransportCard:
         if self._card is None:
@@ -157,6 +208,8 @@ class UcxTransport:
             return
         await asyncio.gather(*(link.close() for link in tuple(self._links)))
         setting.notifier.close()
+        if self._net is not None:
+            await asyncio.to_thread(self._net.close)
         while self._parked:
             await asyncio.to_thread(self._parked.popleft().destroy)
         await asyncio.to_thread(setting.server.close)
@@ -169,7 +222,7 @@ class UcxTransport:
             self._parked.popleft().destroy()
 
 
-def _address(server: Server, notifier: Notifier, token: bytes) -> UcxAddress:
+def _address(server: Server, notifier: Notifier, net: NetServer | None, token: bytes) -> UcxAddress:
     pid = os.getpid()
     return UcxAddress(
         worker=server.address,
@@ -182,16 +235,16 @@ def _address(server: Server, notifier: Notifier, token: bytes) -> UcxAddress:
         host=this_host(),
         pid=pid,
         started_ticks=started_ticks(pid) or 0,
+        net_worker=net.address if net is not None else b"",
     )
 
 
-def _carriers(native: ucx_native.Native, host: str) -> Mapping[str, str]:
-    """Return the UCX options that choose what may carry bytes."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if loopback:
-        # System V segments vanish with their last user, and containers do not limit them to 64 MiB.
-        return {"TLS": "sysv,self"}
-    return {"TLS": "^tcp"} if native.option("TLS") == "all" else {}
+async def _addresses_of(host: str) -> list[str]:
+    """Return what a host's name or address means here; nothing when that takes too long to say."""
+    with contextlib.suppress(OSError, UnicodeError, TimeoutError):
+        async with asyncio.timeout(_LOOKUP_S):
+            found = await asyncio.get_running_loop().getaddrinfo(
+                host, None, type=socket.SOCK_STREAM
+            )
+            return [str(address[0]) for *_, address in found]
+    return []

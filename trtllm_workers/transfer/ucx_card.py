@@ -24,6 +24,7 @@ class UcxAddress(msgspec.Struct, frozen=True, array_like=True):
 
     ``worker`` answers one-sided calls, ``notify_worker`` takes messages, which must begin with
     ``token``. ``hello`` is memory that holds the token: reading it proves that the peer is there.
+    ``net_worker`` serves peers that reach none of these; empty: nobody does.
     """
 
     worker: bytes
@@ -36,6 +37,7 @@ class UcxAddress(msgspec.Struct, frozen=True, array_like=True):
     host: HostIdentity
     pid: int
     started_ticks: int
+    net_worker: bytes = b""
 
 
 def this_host() -> HostIdentity:

@@ -13,7 +13,8 @@ from typing import Any, Final
 from trtllm_workers.errors import TransferFailed
 from trtllm_workers.transfer.base import KvPool, check_block_ids
 from trtllm_workers.transfer.ucx_card import PeerProcess, UcxAddress
-from trtllm_workers.transfer.ucx_native import OK, Native, UcxError
+from trtllm_workers.transfer.ucx_native import Native, UcxError
+from trtllm_workers.transfer.ucx_net_channel import NetBatch, NetChannel
 from trtllm_workers.transfer.ucx_notify import Notifier
 from trtllm_workers.transfer.ucx_worker import WINDOW, Batch, Channel, Server
 from trtllm_workers.types import TransportCard
@@ -23,15 +24,20 @@ _SHARED_MEMORY: Final = frozenset({"sysv", "posix", "cma", "xpmem", "knem", "sel
 
 
 _CONNECTING: Final = "connecting"
-_NO_WAY: Final = "; between hosts without RDMA use --kv-transport nixl, tcp or auto"
+_NO_WAY: Final = "; is it up, and may its ports be reached? --kv-transport tcp needs one port only"
+
+AnyChannel = Channel | NetChannel
+AnyBatch = Batch | NetBatch
 
 
 @dataclass(frozen=True, slots=True)
 class LinkSetting:
     """What links of one transport share."""
 
+    our_id: str
     native: Native
     options: Mapping[str, str]
+    net_options: Mapping[str, str] | None  # None: no messages over the network
     pool: KvPool
     server: Server
     notifier: Notifier
@@ -47,7 +53,7 @@ class UcxLink:
         self._card = card
         self._peer = peer
         self._process = PeerProcess(peer)
-        self._channel: Channel | None = None
+        self._channel: AnyChannel | None = None
         # Everything of a channel happens on this thread; it starts with the first call.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"ucx-{card.peer_id}")
         self._opening = asyncio.Lock()
@@ -55,6 +61,7 @@ class UcxLink:
         self._notify_endpoint: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._wire = "unknown"
+        self._over_network = False
         self._closed = False
 
     @property
@@ -77,9 +84,21 @@ class UcxLink:
 
     async def notify(self, message: bytes, timeout_s: float) -> None:
         self._check_usable("notify")
-        await self._whole(lambda _stop: self._notify(message, timeout_s))
+        await self._whole(lambda stop: self._notify(message, timeout_s, stop))
 
-    async def _notify(self, message: bytes, timeout_s: float) -> None:
+    async def _notify(self, message: bytes, timeout_s: float, stop: asyncio.Event) -> None:
+        if not self._over_network:
+            await self._notify_beside(message, timeout_s)
+            return
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        channel = await self._open(timeout_s, stop)
+        assert isinstance(channel, NetChannel)
+        async with self._turn:
+            self._check_usable("notify")
+            start = partial(channel.start_notify, message)
+            await self._settle("notify", channel, start, deadline, timeout_s)
+
+    async def _notify_beside(self, message: bytes, timeout_s: float) -> None:
         notifier = self._setting.notifier
         try:
             if self._notify_endpoint is None:
@@ -141,56 +160,87 @@ class UcxLink:
                 return  # cancelled, and nothing is under way
             async with self._turn:
                 self._check_usable(what)
-                await self._settle(
-                    what, channel, partial(channel.start, window, write=write), deadline, timeout_s
-                )
+                left_s = max(deadline - asyncio.get_running_loop().time(), 0.0)
+                start = partial(channel.start, window, write=write, within_s=left_s)
+                await self._settle(what, channel, start, deadline, timeout_s)
 
-    async def _open(self, timeout_s: float, stop: asyncio.Event) -> Channel:
+    async def _open(self, timeout_s: float, stop: asyncio.Event) -> AnyChannel:
         """Return the connection, made anew when there is none. Raises TransferFailed."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         what = _CONNECTING
         async with self._opening:
-            if self._channel is not None:
-                return self._channel
-            self._check_usable(what)
-            use = self._setting
-            try:
-                channel: Channel = await self._run(
-                    partial(Channel, use.native, use.options, use.server.pinned, self._peer)
-                )
-            except use.native.failures as error:
-                raise self._failed(
-                    what,
-                    f"{error}; if it is up, there is neither shared memory nor RDMA between the two: "
-                    "use --kv-transport tcp",
-                ) from error
-            await self._settle(what, channel, channel.start_hello, deadline, timeout_s)
-            if self._closed or not channel.hello_matches():
+            channel = self._channel
+            if channel is not None:
+                if not await self._broke_unseen(channel):
+                    return channel
+                if self._channel is channel:
+                    self._channel = None
                 await self._end(channel)
+            self._check_usable(what)
+            try:
+                reached: AnyChannel = await self._run(self._reach)
+            except self._setting.native.failures as error:
+                raise self._failed(what, f"{error}{self._why_no_network()}") from error
+            await self._settle(what, reached, reached.start_hello, deadline, timeout_s)
+            if self._closed or not reached.hello_matches():
+                await self._end(reached)
                 self._check_usable(what)
                 raise self._failed(what, "another process answers at its address")
-            self._wire = _wire_name(channel.transports())
-            self._channel = channel
-            return channel
+            self._wire = _wire_name(reached.transports())
+            self._channel = reached
+            return reached
+
+    def _reach(self) -> AnyChannel:
+        """Return a connection over the best wire there is. Raises what ``Native.failures`` names."""
+        use, pool = self._setting, self._setting.server.pinned
+        self._over_network = False
+        if use.net_options is None or not self._peer.net_worker:
+            return Channel(use.native, use.options, pool, self._peer)
+        try:
+            with use.native.silence():
+                return Channel(use.native, use.options, pool, self._peer)
+        except use.native.failures:
+            self._over_network = True
+            return NetChannel(use.native, use.net_options, pool, self._peer, use.our_id)
+
+    def _why_no_network(self) -> str:
+        if self._setting.net_options is None:
+            who = "this worker"
+        elif not self._peer.net_worker:
+            who = "it"
+        else:
+            return _NO_WAY
+        return (
+            f"; if it is up, there is neither shared memory nor RDMA between the two, and {who} does not "
+            "take part in ucx over TCP (its host is a loopback address, or UCX_TLS or UCX_NET_DEVICES leave "
+            "it out): use --kv-transport tcp"
+        )
+
+    async def _broke_unseen(self, channel: AnyChannel) -> bool:
+        """Return whether a connection between hosts has ended while nothing moved."""
+        return isinstance(channel, NetChannel) and bool(await self._run(channel.broken))
 
     async def _settle(
         self,
         what: str,
-        channel: Channel,
-        start: Callable[[], Batch],
+        channel: AnyChannel,
+        start: Callable[[], AnyBatch],
         deadline: float,
         timeout_s: float,
     ) -> None:
         """Start a batch and see it end. Raises TransferFailed, and then no byte moves any more."""
         loop = asyncio.get_running_loop()
 
-        def begin() -> Batch:
+        # A batch is driven by the channel that made it.
+        drive: Callable[[Any, float], None] = channel.drive
+
+        def begin() -> AnyBatch:
             batch = start()
-            channel.drive(batch, _TURN_S)
+            drive(batch, _TURN_S)
             return batch
 
         try:
-            batch: Batch = await self._run(begin)
+            batch: AnyBatch = await self._run(begin)
             while not batch.ended:
                 if self._process.gone():
                     raise self._failed(what, "its process has ended")
@@ -198,9 +248,9 @@ class UcxLink:
                     hint = _NO_WAY if what == _CONNECTING else ""
                     raise self._failed(what, f"not done within {timeout_s:g} s{hint}")
                 turn_s = min(_TURN_S, max(deadline - loop.time(), 0.0))
-                await self._run(partial(channel.drive, batch, turn_s))
-            if batch.status != OK:
-                raise self._failed(what, f"{self._setting.native.describe(batch.status)}")
+                await self._run(partial(drive, batch, turn_s))
+            if batch.failure:
+                raise self._failed(what, batch.failure)
         except BaseException as error:
             if self._channel is channel:
                 self._channel = None
@@ -209,10 +259,11 @@ class UcxLink:
                 raise self._failed(what, str(error)) from error
             raise
 
-    async def _end(self, channel: Channel) -> None:
+    async def _end(self, channel: AnyChannel) -> None:
         """End a connection: no byte moves over it afterwards."""
         alive = not self._process.gone()
-        if not await self._run(partial(channel.close, peer_lives=alive)):
+        ended = await self._run(partial(channel.close, peer_lives=alive))
+        if not ended and isinstance(channel, Channel):
             self._setting.park(channel)
 
     async def _whole(self, start: Callable[[asyncio.Event], Awaitable[object]]) -> None:

@@ -12,14 +12,15 @@ from __future__ import annotations
 import contextlib
 import ctypes as c
 import importlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Final
 
 from trtllm_workers.errors import TransportUnavailable
+from trtllm_workers.transfer.ucx_pieces import Pieces
 
-SEGMENT_BYTES: Final = 32 * 1024  # what one message of an emulated get or put carries at most
 OK: Final = 0
 IN_PROGRESS: Final = 1
 
@@ -103,11 +104,29 @@ class _TagInfo(c.Structure):
     _fields_ = (("tag", c.c_uint64), ("length", c.c_size_t))
 
 
-def _endpoint_failed(_argument: object, _endpoint: object, _status: object) -> None:
-    """Do nothing: requests report the failure. UCX only wants somebody to be told."""
+_ENDPOINT_FAILED = c.CFUNCTYPE(None, c.c_void_p, c.c_void_p, _STATUS)
 
 
-_ENDPOINT_FAILED = c.CFUNCTYPE(None, c.c_void_p, c.c_void_p, _STATUS)(_endpoint_failed)
+class FailureNote:
+    """What UCX told about the end of an endpoint: ``status`` is OK until there is something.
+
+    Must live as long as the endpoint. ``act`` is called from within the worker's progress.
+    """
+
+    def __init__(self, act: Callable[[], None] | None = None) -> None:
+        self.status = OK
+        self._act = act
+        self.callback = _ENDPOINT_FAILED(self._failed)
+
+    def _failed(self, _argument: object, _endpoint: object, status: int) -> None:
+        self.status = status
+        if self._act is not None:
+            self._act()
+
+
+# For endpoints whose requests report the failure. UCX only wants somebody to be told.
+_NOBODY: Final = FailureNote()
+_SILENCE: Final = threading.Lock()  # the level is the whole process's
 
 
 class UcxError(Exception):
@@ -140,18 +159,6 @@ def load() -> Native:
             "the ucx transport found no libucp beside ucxx; run: pip install 'trtllm-launch[ucx]'"
         )
     return Native(ucxx, libraries[0], libraries[-1]._name)
-
-
-def _quieten(libucs: Any) -> None:
-    """Keep UCX's warnings off stdout, unless the operator asked for another level.
-
-    ucxx sets a variable that its own build of UCX does not know, and every request that ends with its
-    worker is a warning.
-    """
-    level = c.create_string_buffer(64)
-    libucs.ucs_global_opts_get_value(b"LOG_LEVEL", level, c.c_size_t(len(level)))
-    if level.value.lower() == b"warn":
-        libucs.ucs_global_opts_set_value(b"LOG_LEVEL", b"error")
 
 
 class Native:
@@ -188,8 +195,12 @@ class Native:
         self._close = bind(slow, "ucp_ep_close_nbx", pointer, pointer, pointer)
         self._query = bind(slow, "ucp_ep_query", _STATUS, pointer, pointer)
         self._tag_send = bind(
-            quick, "ucp_tag_send_nbx", pointer, pointer, c.c_char_p, size, c.c_uint64, pointer
+            quick, "ucp_tag_send_nbx", pointer, pointer, pointer, size, c.c_uint64, pointer
         )
+        self._tag_post = bind(
+            quick, "ucp_tag_recv_nbx", pointer, pointer, pointer, size, *(c.c_uint64,) * 2, pointer
+        )
+        self._cancel = bind(quick, "ucp_request_cancel", None, pointer, pointer)
         self._tag_probe = bind(
             quick, "ucp_tag_probe_nb", pointer, pointer, c.c_uint64, c.c_uint64, c.c_int, pointer
         )
@@ -199,7 +210,31 @@ class Native:
         self._describe = bind(quick, "ucs_status_string", c.c_char_p, _STATUS)
         self._plain = _RequestParam()
         self._forced = _RequestParam(mask=_MASK_FLAGS, flags=_CLOSE_BY_FORCE)
-        _quieten(libucs)
+        self._libucs = libucs
+        # ucxx sets a variable that its own build of UCX does not know, and every request that ends with
+        # its worker is a warning: kept off stdout, unless the operator asked for another level.
+        if self._log_level() == b"warn":
+            self._set_log_level(b"error")
+
+    def _log_level(self) -> bytes:
+        level = c.create_string_buffer(64)
+        self._libucs.ucs_global_opts_get_value(b"LOG_LEVEL", level, c.c_size_t(len(level)))
+        return level.value.lower()
+
+    def _set_log_level(self, level: bytes) -> None:
+        self._libucs.ucs_global_opts_set_value(b"LOG_LEVEL", level)
+
+    @contextlib.contextmanager
+    def silence(self) -> Iterator[None]:
+        """Keep UCX from printing what it finds wrong: for a try that may well fail."""
+        with _SILENCE:
+            level = self._log_level()
+            if level == b"error":  # all else was asked for by the operator
+                self._set_log_level(b"fatal")
+            try:
+                yield
+            finally:
+                self._set_log_level(level)
 
     @property
     def failures(self) -> tuple[type[Exception], ...]:
@@ -243,8 +278,8 @@ class Native:
         """Undo ``map_memory``."""
         self._unmap(context.handle, memory.handle)
 
-    def create_endpoint(self, worker: int, address: bytes) -> int:
-        """Return an endpoint that reports a dead peer. Raises UcxError.
+    def create_endpoint(self, worker: int, address: bytes, failure: FailureNote = _NOBODY) -> int:
+        """Return an endpoint that reports a dead peer, to ``failure`` as well. Raises UcxError.
 
         Not ucxx's own: that one waits without limit in its destructor for a peer that stands still.
         Whoever calls this ends it with ``start_close``, or by destroying the worker.
@@ -254,7 +289,7 @@ class Native:
             mask=_EP_ADDRESS_AND_ERRORS,
             address=address,
             err_mode=_ERRORS_PER_PEER,
-            err_callback=c.cast(_ENDPOINT_FAILED, c.c_void_p),
+            err_callback=c.cast(failure.callback, c.c_void_p),
         )
         self.check(self._create(worker, c.byref(params), c.byref(endpoint)), "connecting")
         return endpoint.value or 0
@@ -324,10 +359,45 @@ class Native:
         )
         return request
 
-    def take_messages(self, worker: int, tag: int) -> Iterator[tuple[int, int]]:
-        """Yield (message handle, length) of each message that has arrived; each must be received."""
+    def start_sends(self, endpoint: int, pieces: Pieces, tag: int) -> list[int]:
+        """Queue one tagged message per piece; return the requests that are not complete."""
+        calls = map(
+            self._tag_send,
+            repeat(endpoint),
+            pieces.local,
+            pieces.lengths,
+            repeat(tag),
+            repeat(c.addressof(self._plain)),
+        )
+        return [request for request in calls if request is not None]
+
+    def start_receives(self, worker: int, pieces: Pieces, tag: int) -> list[int]:
+        """Post one receipt per piece; messages of that tag fill them in the order they were sent."""
+        calls = map(
+            self._tag_post,
+            repeat(worker),
+            pieces.local,
+            pieces.lengths,
+            repeat(tag),
+            repeat(2**64 - 1),
+            repeat(c.addressof(self._plain)),
+        )
+        return [request for request in calls if request is not None]
+
+    def cancel(self, worker: int, request: int) -> None:
+        """End the receipt of a message none of which has arrived; it still must be given back."""
+        if request < _FIRST_ERROR:
+            self._cancel(worker, request)
+
+    def take_messages(
+        self, worker: int, tag: int, mask: int = 2**64 - 1
+    ) -> Iterator[tuple[int, int]]:
+        """Yield (message handle, length) of each message that no receipt was posted for.
+
+        Each must be received. ``mask`` 0: whatever their tag is.
+        """
         info = _TagInfo()
-        while message := self._tag_probe(worker, tag, 2**64 - 1, 1, c.byref(info)):
+        while message := self._tag_probe(worker, tag, mask, 1, c.byref(info)):
             yield message, info.length
 
     def start_receive(self, worker: int, message: int, into: c.Array[c.c_char]) -> int | None:
@@ -357,72 +427,3 @@ class Native:
         """Give a request back; it must not be used again."""
         if request is not None and request < _FIRST_ERROR:
             self.free(request)
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """What one call each must move: addresses here and there, and lengths in bytes."""
-
-    local: list[int]
-    remote: list[int]
-    lengths: list[int]
-
-    def slices(self, size: int) -> Iterator[Pieces]:
-        """Yield the pieces, at most ``size`` at a time."""
-        for i in range(0, len(self.local), size):
-            end = i + size
-            yield Pieces(self.local[i:end], self.remote[i:end], self.lengths[i:end])
-
-    def windows(self, segments: int) -> Iterator[Pieces]:
-        """Yield the pieces, cut where needed, at most ``segments`` segments at a time."""
-        if max(self.lengths, default=0) <= SEGMENT_BYTES:
-            yield from self.slices(segments)
-            return
-        window = Pieces([], [], [])
-        room = segments
-        for here, there, length in zip(self.local, self.remote, self.lengths, strict=True):
-            done = 0
-            while done < length:
-                if room == 0:
-                    yield window
-                    window, room = Pieces([], [], []), segments
-                part = min(length - done, room * SEGMENT_BYTES)
-                window.local.append(here + done)
-                window.remote.append(there + done)
-                window.lengths.append(part)
-                room -= -(-part // SEGMENT_BYTES)
-                done += part
-        yield window
-
-
-def block_pieces(
-    local: Sequence[int], remote: Sequence[int], block_bytes: int, local_base: int, remote_base: int
-) -> Pieces:
-    """Return one piece per run of blocks that lie side by side on both ends."""
-    here: list[int] = []
-    there: list[int] = []
-    lengths: list[int] = []
-    next_local = next_remote = -1
-    for mine, theirs in zip(local, remote, strict=True):
-        if mine == next_local and theirs == next_remote:
-            lengths[-1] += block_bytes
-        else:
-            here.append(local_base + mine * block_bytes)
-            there.append(remote_base + theirs * block_bytes)
-            lengths.append(block_bytes)
-        next_local, next_remote = mine + 1, theirs + 1
-    return Pieces(here, there, lengths)
-
-
-class PinnedBytes:
-    """The address of a writable flat view, which cannot go away until ``release``."""
-
-    def __init__(self, memory: memoryview) -> None:
-        self.length = memory.nbytes
-        self._array: Any = (c.c_char * self.length).from_buffer(memory)
-        self.address = c.addressof(self._array)
-
-    def release(self) -> None:
-        """Let the memory go; safe twice."""
-        with contextlib.suppress(AttributeError):
-            del self._array

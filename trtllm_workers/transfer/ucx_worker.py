@@ -1,7 +1,7 @@
-"""UCX workers that move bytes: one that serves our pool, and one per peer whose pool we use.
+"""UCX workers that move bytes one-sided: one that serves our pool, and one per peer whose pool we use.
 
 The serving worker is driven by ucxx's C++ thread. It sleeps on the worker's event descriptor, needs no
-GIL, and so answers peers whose gets and puts UCX emulates (shared memory, tcp) however busy this process is.
+GIL, and so answers peers whose gets and puts UCX emulates (shared memory) however busy this process is.
 
 A channel's worker is driven by the one thread that starts its requests and ends them, which was
 measured three times as fast as two threads that share a worker; between operations nobody drives it.
@@ -27,11 +27,9 @@ from trtllm_workers.transfer.ucx_native import (
     OK,
     MappedMemory,
     Native,
-    Pieces,
-    PinnedBytes,
     UcxError,
-    block_pieces,
 )
+from trtllm_workers.transfer.ucx_pieces import Pieces, PinnedBytes, block_pieces
 
 QUEUE: Final = 512  # messages that may wait for a worker, each in a segment of shared memory
 # Segments of a peer that one channel asks for at a time. Fewer than the queue holds: an owner whose reader
@@ -41,9 +39,7 @@ _ISSUE: Final = 112  # requests between two looks at what has arrived
 _QUIET_LOOKS: Final = 30  # some tens of microseconds, before sleeping until an event
 _WAIT_MS: Final = 1  # for an event; bounds what a lost one costs
 _CLOSE_S: Final = 0.2  # for requests to end in good order after their endpoint was closed by force
-_EMULATED: Final = frozenset(
-    {"sysv", "posix", "self", "tcp"}
-)  # bytes move only while both sides drive
+_EMULATED: Final = frozenset({"sysv", "posix", "self"})  # bytes move only while both sides drive
 
 
 class Batch:
@@ -70,6 +66,11 @@ class Batch:
             self._end(self._open.pop())
         self.ended = not self._open
         return self.ended
+
+    @property
+    def failure(self) -> str:
+        """What went wrong, in UCX's words; empty when nothing did."""
+        return self._native.describe(self.status) if self.status != OK else ""
 
     def _end(self, request: int | None) -> None:
         status = self._native.state(request)
@@ -125,8 +126,8 @@ class Channel:
         """Return what to move for these blocks."""
         return block_pieces(local, remote, block_bytes, self._pool_base, self._peer.pool_address)
 
-    def start(self, pieces: Pieces, *, write: bool) -> Batch:
-        """Begin to move pieces. Raises UcxError when closed."""
+    def start(self, pieces: Pieces, *, write: bool, within_s: float) -> Batch:
+        """Begin to move pieces. Raises UcxError when closed. The deadline is ours alone to keep."""
         start = self._native.start_puts if write else self._native.start_gets
         return self._start(start, pieces, self._pool_key, self._pool)
 

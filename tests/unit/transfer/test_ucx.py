@@ -13,11 +13,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from tests.contract.transports import (
     DEADLINE_S,
     KINDS,
-    NUM_BLOCKS,
     ROOT,
     Stage,
     crc,
@@ -34,11 +34,11 @@ from trtllm_workers.transfer.ucx_card import (
     started_ticks,
     this_host,
 )
-from trtllm_workers.transfer.ucx_native import SEGMENT_BYTES, Pieces, block_pieces
 from trtllm_workers.transfer.ucx_notify import MAX_MESSAGE_BYTES
+from trtllm_workers.transfer.ucx_pieces import SEGMENT_BYTES, Pieces, block_pieces
 from trtllm_workers.transfer.ucx_worker import WINDOW
 
-UCX = next(kind for kind in KINDS if kind.name == "ucx")
+UCX = next(kind for kind in KINDS if kind.title == "ucx")
 PRIVATE_HOST = "192.0.2.1"  # not loopback; nothing listens on it
 SHORT_S = 0.4
 LISTENING = "0A"
@@ -260,34 +260,46 @@ async def test_on_a_loopback_host_no_port_is_open(stage: Stage) -> None:
 
 
 @needs_ucxx
-async def test_over_tcp_when_asked_for_blocks_are_exact_and_a_killed_peer_fails_reads(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("UCX_TLS", "tcp")
-    monkeypatch.setenv("UCX_NET_DEVICES", "lo")
-    peer = await stage.peer(host=PRIVATE_HOST)
-    transport, pool = await stage.ours(host=PRIVATE_HOST)
-    link = await transport.connect(peer.card, DEADLINE_S)
-    assert link.wire == "tcp"
-    blocks = list(range(NUM_BLOCKS))
-    await link.read(blocks, blocks[::-1], DEADLINE_S)
-    assert all(bytes(pool.block(NUM_BLOCKS - 1 - block)) == theirs(block) for block in blocks)
-    await link.notify(b"over", DEADLINE_S)
-    assert len(await peer.ask("await_notes", count=1)) == 1
-    peer.kill()
-    with pytest.raises(TransferFailed, match="peer"):
-        await link.read(blocks, blocks, DEADLINE_S)
-
-
-@needs_ucxx
-async def test_peers_of_one_host_meet_in_shared_memory_without_tcp(stage: Stage) -> None:
+async def test_peers_of_one_host_meet_in_shared_memory_wherever_they_listen(stage: Stage) -> None:
     peer = await stage.peer(host=PRIVATE_HOST)
     transport, pool = await stage.ours(host=PRIVATE_HOST)
     link = await transport.connect(peer.card, DEADLINE_S)
     await link.read([1], [2], DEADLINE_S)
     assert bytes(pool.block(2)) == theirs(1)
     assert link.wire == "shm"
+
+
+@needs_ucxx
+async def test_no_port_is_open_when_the_operator_leaves_tcp_out(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "^tcp")
+    peer = await stage.peer(host=PRIVATE_HOST)
+    transport, _ = await stage.ours(host=PRIVATE_HOST)
+    assert (await transport.connect(peer.card, DEADLINE_S)).wire == "shm"
     assert not own_sockets() & listening_inodes()
+
+
+@needs_ucxx
+async def test_without_any_wire_the_message_says_who_leaves_tcp_out(stage: Stage) -> None:
+    transport, _ = await stage.ours(host=PRIVATE_HOST)
+    with pytest.MonkeyPatch.context() as their_environment:
+        their_environment.setenv("UCX_TLS", "self")
+        peer = await stage.peer(host=PRIVATE_HOST)
+    with pytest.raises(TransferFailed, match=r"peer.*it does not take part.*--kv-transport tcp"):
+        await transport.connect(peer.card, DEADLINE_S)
+
+
+@needs_ucxx
+async def test_network_devices_that_do_not_exist_leave_the_rest_working(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_NET_DEVICES", "nosuch0")
+    peer = await stage.peer(host=PRIVATE_HOST)
+    with capture_logs() as logs:
+        transport, _ = await stage.ours(host=PRIVATE_HOST)
+    assert any("UCX_NET_DEVICES" in entry["event"] for entry in logs)
+    assert (await transport.connect(peer.card, DEADLINE_S)).wire == "shm"
 
 
 @needs_ucxx

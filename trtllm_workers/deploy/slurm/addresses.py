@@ -21,9 +21,9 @@ from typing import Final
 import msgspec
 
 from trtllm_workers.config.env import environment
+from trtllm_workers.config.interfaces import addresses_of_interfaces
 from trtllm_workers.errors import ConfigError, LaunchError, StartError
 from trtllm_workers.planes.advertise import advertised_host, is_for_others, looked_up
-from trtllm_workers.planes.interfaces import addresses_of_interfaces
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 HEAD_NODE_IP: Final = "HEAD_NODE_IP"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from trtllm_workers.config.interfaces import InterfaceAddress
 from trtllm_workers.deploy.slurm import addresses
 from trtllm_workers.deploy.slurm.addresses import (
     candidates,
@@ -21,7 +22,6 @@ from trtllm_workers.deploy.slurm.addresses import (
 )
 from trtllm_workers.errors import ConfigError, StartError
 from trtllm_workers.planes import advertise
-from trtllm_workers.planes.interfaces import InterfaceAddress
 
 INTERFACES = [
     ("lo", "127.0.0.1"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,9 +48,9 @@ def login(mini_cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch) -> MiniClu
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path) -> Path:
     tmp_path.chmod(0o755)
-    yield tmp_path
+    return tmp_path
 
 
 async def test_probe_of_a_real_cluster(login: MiniCluster) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,9 @@ def login(mini_cluster: MiniCluster, monkeypatch: pytest.MonkeyPatch) -> MiniClu
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path) -> Path:
     tmp_path.chmod(0o755)
-    yield tmp_path
+    return tmp_path
 
 
 async def test_probe_of_a_real_cluster(login: MiniCluster) -> None:
@@ -151,7 +152,7 @@ def test_a_node_hands_its_address_on_in_a_file(
     assert found.because == (f"{given} was given" if given else "SLURM knows this node as sn2")
 
 
-@pytest.mark.parametrize("value", [*AWKWARD, "x" * 3000])
+@pytest.mark.parametrize("value", [*AWKWARD, "x" * 1000])
 def test_sbatch_reads_values_as_they_were_meant(
     login: MiniCluster, folder: Path, value: str
 ) -> None:
@@ -169,12 +170,13 @@ def test_sbatch_reads_values_as_they_were_meant(
         login.run(["scancel", job_id])
 
 
-def test_a_batch_job_runs_its_words_and_gets_the_signal_before_its_end(
+def test_a_batch_job_runs_its_words_and_they_get_the_signal_to_end(
     login: MiniCluster, folder: Path
 ) -> None:
     room = folder / "with space # and it's"
     room.mkdir()
-    script = "trap 'echo asked to end; exit 0' TERM; echo \"$@\"; kill -TERM $$; sleep 100 & wait"
+    os.mkfifo(room / "started")
+    script = "trap 'echo asked to end; exit 0' TERM; echo \"$@\"; : >started; sleep 100 & wait"
     job = BatchJob(
         name="all of it",
         words=("sh", "-c", script, "x", *AWKWARD),
@@ -186,13 +188,22 @@ def test_a_batch_job_runs_its_words_and_gets_the_signal_before_its_end(
         chdir=str(room),
         no_kill=True,
         no_requeue=True,
-        signal_before_end_s=60,
+        signal_before_end_s=50,
         extra=("--exclusive",),
     )
     (folder / "job.sh").write_text(sbatch_text(job))
-    done = login.run(["sbatch", "--parsable", "--wait", str(folder / "job.sh")])
-    assert done.returncode == 0, done.stderr
-    job_id = done.stdout.strip()
+    submitted = login.run(["sbatch", "--parsable", str(folder / "job.sh")])
+    assert submitted.returncode == 0, submitted.stderr
+    job_id = submitted.stdout.strip()
+    login.run(["cat", str(room / "started")])  # ends when the job has opened it too
+    shown = login.run(["scontrol", "show", "job", job_id]).stdout.split()
+    assert {"NumNodes=2", "TimeLimit=00:05:00", "Requeue=0"} <= set(shown)
+    assert any(re.fullmatch(r"TresPerNode=gres[:/]gpu:2", one) for one in shown)
+    # As --signal=B: has it sent, which would take SLURM up to a minute.
+    login.run(["scancel", "--batch", "--signal=TERM", job_id])
+    login.run(["srun", f"--dependency=afterany:{job_id}", "true"])
     printed = (room / f"{job_id}.out").read_text()
-    expected = login.run(["sh", "-c", f'set -- {shlex.join(AWKWARD)}; echo "$@"']).stdout
-    assert printed == f"{expected}asked to end\n"
+    words = login.run(["sh", "-c", f'set -- {shlex.join(AWKWARD)}; echo "$@"']).stdout
+    assert printed.startswith(words)
+    assert printed.endswith("asked to end\n")
+    assert "JobState=COMPLETED" in login.run(["scontrol", "show", "job", job_id]).stdout

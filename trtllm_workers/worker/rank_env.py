@@ -145,11 +145,11 @@ def _forget_names(world: Any) -> None:
 
     So it goes with the last rank, also when they are killed; MPICH would remove it only in the end.
     """
-    if world.Get_rank() == 0:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-        for name in set(re.findall(rf"{_SHARED}\S+$", maps, re.MULTILINE)):
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+    # Every rank: each host has names of its own, and the first to come removes them.
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    for name in set(re.findall(rf"{_SHARED}\S+$", maps, re.MULTILINE)):
+        with contextlib.suppress(OSError):
+            os.unlink(name)
     world.Barrier()
 
 

@@ -28,7 +28,7 @@ _SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_si
 # With these an MPI library takes itself for part of a world, or starts ranks by srun.
 _OF_A_WORLD = ("SLURM_", "PMI_", "PMIX_", "PRTE_", "OMPI_")
 _NOT_OF_A_WORLD = "OMPI_MCA_"
-_LLMAPI_LAUNCH = "trtllm-llmapi-launch"
+LLMAPI_LAUNCH = "trtllm-llmapi-launch"
 
 Method = Literal["spawn", "told", "mpirun", "srun"]
 
@@ -199,7 +199,7 @@ def _srun_words(world: World, host: MpiHost, first_node: int) -> tuple[str, ...]
         *(f"--ntasks-per-node={world.size // nodes}", f"--relative={first_node}"),
         # Steps share the allocation with the ingress and with each other's control processes.
         *("--overlap", "--oversubscribe", "--cpu-bind=none", "--export=ALL"),
-        *("--kill-on-bad-exit=1", "--label", _LLMAPI_LAUNCH),
+        *("--kill-on-bad-exit=1", "--label", LLMAPI_LAUNCH),
     )
 
 
@@ -221,7 +221,7 @@ def through_llmapi_launch(
     """
     if _suffers(python):
         raise ConfigError(
-            f"the path of Python, {python}, has characters that {_LLMAPI_LAUNCH} does not pass on (white "
+            f"the path of Python, {python}, has characters that {LLMAPI_LAUNCH} does not pass on (white "
             "space or a pattern); install the environment under another path",
             param="mpi_launch",
         )

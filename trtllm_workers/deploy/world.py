@@ -32,6 +32,7 @@ _SIGNALS = (
 )
 # srun names a signal without its number.
 _SRUN_SIGNAL = re.compile(r"^srun: error: .*: task \d+: (Killed|Segmentation fault|Aborted)\b")
+_SRUN_CODE = re.compile(r"^srun: error: .*: task \d+: Exited with exit code (\d+)$")
 _NUMBERS = {"Killed": 9, "Segmentation fault": 11, "Aborted": 6}
 # The starters' own words about the end, which say less than the report they would fill.
 _CHATTER = re.compile(
@@ -99,8 +100,13 @@ def culprit(lines: Sequence[str], first_ended: int | None) -> int | None:
 
 
 def exit_status(status: int, lines: Sequence[str]) -> int:
-    """Return how the rank ended: the starter's exit code, or minus the signal that it tells of."""
+    """Return how the rank ended: its exit code, or minus the signal that the starter tells of.
+
+    srun's own exit code is the highest of all tasks', those included that it killed itself.
+    """
     for line in lines:
+        if found := _SRUN_CODE.search(line):
+            return int(found[1])
         for pattern in _SIGNALS:
             if found := pattern.search(line):
                 return -int(found[1])

@@ -13,7 +13,7 @@ from trtllm_workers.config.slurm_options import SlurmSettings
 from trtllm_workers.deploy.commands import etcd_argv, ingress_argv, nats_argv, worker_argv
 from trtllm_workers.deploy.etcd import USER as ETCD_USER
 from trtllm_workers.deploy.etcd import etcd_folder
-from trtllm_workers.deploy.mpi import through_llmapi_launch
+from trtllm_workers.deploy.mpi import LLMAPI_LAUNCH
 from trtllm_workers.deploy.names import ETCD, NATS, SERVICES
 from trtllm_workers.deploy.plan import Plan, PlannedProcess
 from trtllm_workers.deploy.run import RunFolder
@@ -113,6 +113,7 @@ def make_slurm_plan(
         ranks_per_node: int = 1,
         env: Mapping[str, str] | None = None,
         in_world: bool = False,
+        launcher: str = "",
     ) -> PlannedProcess:
         num_ranks = len(nodes) * ranks_per_node
         log_name = f"{folder.run_id}-{name}.log" if settings.log_dir else f"{name}.log"
@@ -129,7 +130,7 @@ def make_slurm_plan(
             interface=(slurm.head_node_ip if role in SERVICES else None) or slurm.interface,
             etcd_status=str(folder.status(ETCD)) if ETCD_URL in words else "",
             wait_s=settings.start_timeout_s,
-            in_container=bool(slurm.image),
+            launcher=launcher,
         )
         parts.append(Part(name, role, nodes, ranks_per_node))
         step = Step(name, nodes, ranks_per_node, mpi if in_world else "none")
@@ -164,6 +165,8 @@ def make_slurm_plan(
         nats = nats_argv(settings, discovery, folder.path / NATS)
         services.append(process(NATS, NATS, head, (inside, *nats, "--host", ADDRESS)))
     workers = []
+    # Under srun that is so for a single rank as well: nothing may be spawned there.
+    launcher = LLMAPI_LAUNCH if settings.engine == "trtllm" else ""
     for crew in layout.crews:
         as_crew = _crew(crew, settings)
         for name in crew.worker_names():
@@ -176,17 +179,21 @@ def make_slurm_plan(
                 folder.status(NATS) if own_nats else None,
             )
             words += ["--advertise-host", ADDRESS]
-            argv, env = _through(settings, inside, words)
-            env |= {EPLB_SHM_NAME: shm_name(folder.run_id, name)}
+            told = configs[crew.role].settings.get("gpus_per_node")
+            if launcher and (told is None or told.value is None):
+                # Rank modulo this is a rank's device; by itself TensorRT-LLM counts those of rank 0's node.
+                words += ["--set", f"gpus_per_node={crew.ranks_per_node}"]
+            env = {EPLB_SHM_NAME: shm_name(folder.run_id, name)}
             workers.append(
                 process(
                     name,
                     str(crew.role),
                     nodes_of[name],
-                    argv,
+                    (inside, *words),
                     ranks_per_node=crew.ranks_per_node,
                     env=env,
                     in_world=crew.num_ranks > 1 or settings.engine == "trtllm",
+                    launcher=launcher,
                 )
             )
     ingress = process(
@@ -302,19 +309,6 @@ def _crew(shape: CrewShape, settings: Settings) -> Crew:
     """Return the crew as ``worker_argv`` knows it: an MPI rank of the torch engine starts as such."""
     ranks = shape.num_ranks if settings.engine == "torch" else 1
     return Crew(role=shape.role, num_workers=shape.num_workers, num_ranks=ranks)
-
-
-def _through(
-    settings: Settings, python: str, words: Sequence[str]
-) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return a worker's command. TensorRT-LLM's own launcher stands before it on every rank.
-
-    Under srun that is so for a single rank as well: nothing may be spawned there.
-    """
-    if settings.engine != "trtllm":
-        return (python, *words), {}
-    argv, env = through_llmapi_launch(python, words)
-    return ("trtllm-llmapi-launch", *argv), env
 
 
 def _notes(

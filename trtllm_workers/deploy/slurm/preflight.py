@@ -134,7 +134,10 @@ def _trtllm(questions: Questions, here: Mapping[str, str]) -> list[str]:
     if facts.version is None:
         found.append(refusal(facts) or "tensorrt_llm is not installed")
     if len(facts.gpus) < questions.gpus:
-        found.append(f"{len(facts.gpus)} GPUs are visible, and {questions.gpus} are needed")
+        found.append(
+            f"{len(facts.gpus)} GPUs are visible, and {questions.gpus} are needed; ask SLURM for them: "
+            f"--gpus-per-node={questions.gpus}"
+        )
     return found
 
 

@@ -62,7 +62,8 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What every rank of one part executes.
 
     ``argv`` may hold ``@address`` (the node's own address) and ``@etcd`` (the URL of the run's etcd,
-    read from ``etcd_status`` once it listens). ``local_name`` is what it calls its shared memory.
+    read from ``etcd_status`` once it listens). ``launcher`` is a program that stands before it on every
+    rank, and passes arguments on badly.
     """
 
     run_id: str
@@ -76,7 +77,7 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
     interface: str | None = None
     etcd_status: str = ""
     wait_s: float = 300.0
-    in_container: bool = False
+    launcher: str = ""
 
 
 class RankRecord(msgspec.Struct, frozen=True, kw_only=True):

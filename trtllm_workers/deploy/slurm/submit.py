@@ -33,6 +33,13 @@ _OVER = frozenset(
     }
 )
 _TELL_AGAIN_S = 30.0
+# Why a job waits that no waiting will help, and what to do about it.
+_NEVER = {
+    "PartitionNodeLimit": "it asks for more nodes than its partition has or allows",
+    "PartitionTimeLimit": "it asks for more time than its partition allows; see --time-limit",
+    "BadConstraints": "no node has what it asks for",
+}
+_SURE_S = 2.0
 
 
 async def submit(
@@ -130,6 +137,7 @@ async def _follow(folder: RunFolder, job_id: str, output: Path) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, tired.set)
     told_s, shown, told = time.monotonic(), 0, ""
+    never_since_s: float | None = None
     try:
         while not tired.is_set():
             state, reason = await job_state(job_id)
@@ -150,6 +158,13 @@ async def _follow(folder: RunFolder, job_id: str, output: Path) -> int:
                     f"{output}"
                 )
             now_s = time.monotonic()
+            never_since_s = (never_since_s or now_s) if reason in _NEVER else None
+            if never_since_s is not None and now_s - never_since_s > _SURE_S:
+                await run_command(["scancel", job_id], timeout_s=_SUBMIT_TIMEOUT_S)
+                raise ConfigError(
+                    f"job {job_id} would never start ({reason}): {_NEVER[reason]}; it was cancelled",
+                    param="num_nodes",
+                )
             text = f"job {job_id}: {state.lower()}{f', {reason}' if reason != 'None' else ''}"
             if state != "RUNNING" and (text != told or now_s - told_s > _TELL_AGAIN_S):
                 _say(text)

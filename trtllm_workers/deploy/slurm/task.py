@@ -25,6 +25,7 @@ from trtllm_workers.config.env import (
 from trtllm_workers.deploy import proc
 from trtllm_workers.deploy.end import end_processes
 from trtllm_workers.deploy.etcd import etcd_folder
+from trtllm_workers.deploy.mpi import through_llmapi_launch
 from trtllm_workers.deploy.output import rank_log
 from trtllm_workers.deploy.parent import PARENT_PID
 from trtllm_workers.deploy.run import members_of
@@ -89,7 +90,7 @@ def prepare(
         PROCESS_LOG: str(rank_log(Path(spec.log), rank) if spec.num_ranks > 1 else spec.log),
         RANK_ENV: None,
     }
-    if spec.num_ranks > 1:
+    if spec.num_ranks > 1 and not spec.launcher:  # which keeps MPI's world from the worker's command
         tags[WORLD_SIZE] = str(spec.num_ranks)
     environ = child_environment({**sent.values, **spec.env, **tags})
     seen = variables.comparable(environ)
@@ -110,6 +111,9 @@ def prepare(
     if ETCD_URL in argv:
         url = _etcd_url(spec, node, rank)
         argv = [url if word == ETCD_URL else word for word in argv]
+    if spec.launcher:
+        words, more = through_llmapi_launch(argv[0], argv[1:])
+        argv, environ = [spec.launcher, *words], environ | more
     return argv, environ, spec.cwd
 
 

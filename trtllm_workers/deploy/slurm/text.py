@@ -29,10 +29,11 @@ def as_text(made: SlurmPlan, script: str = "") -> str:
     for number, process in enumerate(plan.processes, start=2):
         spec = made.specs[process.name]
         ranks = f", {spec.num_ranks} ranks" if spec.num_ranks > 1 else ""
+        words = (spec.launcher, *spec.argv) if spec.launcher else spec.argv
         env = "".join(f"{name}={shlex.quote(value)} " for name, value in sorted(spec.env.items()))
         parts.append(
             f"# {number}. {process.name} on {compress(process.nodes)}{ranks}\n"
-            f"{_shell(process.argv)}\n# each rank executes:\n#   {env}{shlex.join(spec.argv)}"
+            f"{_shell(process.argv)}\n# each rank executes:\n#   {env}{shlex.join(words)}"
         )
     return "\n\n".join(parts)
 

@@ -6,6 +6,9 @@
                     status/        what each process says of itself (observe/status.py)
                     logs/          one file per process, unless --log-dir says where
                     discovery/     records of live workers, unless --discovery says where
+                    facts/         what each process and rank sees around it (observe/facts.py)
+                    resolved.json  what the run was told (resolved.py)
+           history/<run id>/       what stays of the last ended runs (history.py)
 
 A process belongs to a run when its recorded pid and start time match, when it lives in the session
 of one that does, or when its environment carries the run id (a grandchild that was left behind).
@@ -35,6 +38,7 @@ PROCESS = "TRTLLM_LAUNCH_PROCESS"
 # What tells each rank of a world its number: MPICH's mpiexec, Open MPI's mpirun.
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
 
+HISTORY = "history"
 _RECORD = "run.json"
 _KEPT_LOGS = 10
 
@@ -54,7 +58,10 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What run.json holds. ``state`` is starting, ready or stopping."""
+    """What run.json holds. ``state`` is starting, ready or stopping.
+
+    ``pid_namespace`` tells where its pids count; "": unknown.
+    """
 
     run_id: str
     host: str
@@ -70,6 +77,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     log_dir: str = ""
     drain_timeout_s: float = 30.0
     processes: tuple[ProcessRecord, ...] = ()
+    guard: ProcessRecord | None = None
+    pid_namespace: str = ""
 
     @property
     def of_this_boot(self) -> bool:
@@ -97,6 +106,21 @@ class RunFolder:
     def logs(self) -> Path:
         """Where logs go unless told otherwise."""
         return self.path / "logs"
+
+    @property
+    def facts(self) -> Path:
+        """Where each process keeps what it sees around it."""
+        return self.path / "facts"
+
+    @property
+    def resolved(self) -> Path:
+        """Where it stands what the run was told."""
+        return self.path / "resolved.json"
+
+    @property
+    def history(self) -> Path:
+        """Where what is worth keeping goes when the run ends."""
+        return self.path.parent / HISTORY / self.run_id
 
     def status(self, name: str) -> Path:
         """Return where the process of that name reports its steps."""

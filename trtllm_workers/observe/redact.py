@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -84,7 +84,9 @@ def secret_values(named: Mapping[str, str]) -> set[str]:
         for user in re.findall(r"://([^\s/?#]*)@", value):
             found.add(user)
             found.add(user.partition(":")[2] or user)
-    return {value for value in found if len(value) >= _SHORTEST_VALUE and not _PLAIN.fullmatch(value)}
+    return {
+        value for value in found if len(value) >= _SHORTEST_VALUE and not _PLAIN.fullmatch(value)
+    }
 
 
 class Redactor:
@@ -111,6 +113,14 @@ class Redactor:
         text = _FLAG.sub(rf"\1{REDACTED}", text)
         text = _PAIR.sub(_without_value, text)
         return _LOOKS.sub(REDACTED, text)
+
+    def words(self, argv: Sequence[str]) -> tuple[str, ...]:
+        """Return a command's words without secrets; one stands in its own word or after its flag."""
+        found: list[str] = []
+        for before, word in zip(("", *argv), argv, strict=False):
+            is_value = before.startswith("-") and "=" not in before and is_secret_name(before)
+            found.append(REDACTED if is_value and not word.startswith("-") else self.text(word))
+        return tuple(found)
 
     def value(self, name: str, value: Any) -> Any:
         """Return a value as it may be written under ``name``; containers are looked through."""

@@ -48,7 +48,8 @@ class Death:
 class FirstError:
     """The first error: whose, when (Unix time; None: unknown), where, and the lines around it.
 
-    ``line`` counts from 1 in the log of ``process``; 0: it said nothing.
+    ``line`` counts from 1 in the log of ``process``; 0: it wrote nothing. Without ``told`` no line
+    speaks of an error, and ``lines`` are its last.
     """
 
     process: str
@@ -57,6 +58,7 @@ class FirstError:
     line: int
     how: str
     lines: tuple[str, ...]
+    told: bool = True
 
     @property
     def who(self) -> str:
@@ -119,10 +121,12 @@ def as_text(found: FirstError | None) -> str:
     head = [f"first error: {found.who}{when}"]
     if found.how:
         head.append(f"it {found.how}")
-    if found.line:
+    if not found.line:
+        head.append("it wrote nothing")
+    elif found.told:
         head.append(f"line {found.line} of its log:")
     else:
-        head.append("it wrote nothing")
+        head.append(f"it said nothing of an error; its last lines, from line {found.line}:")
     return "\n".join([*head, *(f"  | {line}" for line in found.lines)]) + "\n"
 
 
@@ -164,6 +168,7 @@ def _of_death(death: Death, lines: Sequence[_Line], end: int) -> FirstError:
         end - len(last) + 1 if last else 0,
         death.how,
         tuple(line.text for line in last),
+        told=False,
     )
 
 

@@ -105,7 +105,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 
     ``environment`` is what this process was to work with, secrets shown as such; ``other_variables`` are
     the names of the rest. ``libraries`` is what is mapped at that ``moment``. ``advertised`` is the address
-    that others are told, ``nic`` the interface it belongs to ("": none, or loopback's).
+    that others are told, ``nic`` the interface it belongs to ("": none of this host's).
     """
 
     process: str

@@ -85,10 +85,12 @@ def audit(named: Mapping[str, Facts], runs: Sequence[str] = ()) -> Audit:
             )
 
     compare("environment", _environments(named, workers), _expected_of(workers))
-    compare("versions", {who: _versions(one) for who, one in named.items()})
+    # A rank that is only looked at from outside tells no versions and limits.
+    told = {who: one for who, one in named.items() if one.python}
+    compare("versions", {who: _versions(one) for who, one in told.items()})
     for library in sorted({one.name for facts in named.values() for one in facts.libraries}):
         compare("libraries", _library(named, workers, library))
-    compare("limits", {who: _limits(one) for who, one in workers.items()})
+    compare("limits", {who: _limits(one) for who, one in workers.items() if one.limits})
     by_host: dict[str, Facts] = {one.host: one for one in named.values()}
     compare("hosts", {host: _host(one) for host, one in by_host.items()})
     compare("network", {who: {"advertised on": one.nic} for who, one in workers.items() if one.nic})

@@ -148,7 +148,8 @@ def _threads(named: Mapping[str, Facts]) -> Iterator[Flag]:
             told = named[one].environment.get("OMP_NUM_THREADS", "")
             wanted += int(told) if told.isdigit() else named[one].num_cpus
         cpus = max(named[one].num_cpus for one in who)
-        if len(who) > 1 and wanted > cpus:
+        # One thread each is the least there is.
+        if len(who) > 1 and wanted > max(cpus, len(who)):
             yield Flag(
                 level="note",
                 name="OMP_NUM_THREADS",

@@ -18,6 +18,7 @@ from trtllm_workers.deploy.story import Story
 from trtllm_workers.observe.facts import Facts
 
 ABSENT = "–"
+_OURS = "trtllm-launch"
 _SECTIONS = ("settings", "engine config", "environment", "versions", "transports", "hosts")
 
 
@@ -54,6 +55,10 @@ def compare(a: Story, b: Story) -> Comparison:
     if a.facts and b.facts:
         changes += _seen(a.facts, b.facts)
     else:
+        if a.resolved is not None and b.resolved is not None:
+            changes += _pairs(
+                "versions", _packages(a.resolved.packages), _packages(b.resolved.packages)
+            )
         lacking = " and ".join(one.run_id for one in (a, b) if not one.facts)
         unknown.append(f"variables, libraries, hosts: {lacking} kept no facts")
     changes += _transports(a, b)
@@ -100,19 +105,7 @@ def _told(a: Resolved, b: Resolved) -> Iterator[Change]:
             )
         else:
             yield from _sourced("engine config", role, before.settings, after.settings)
-    yield from _pairs(
-        "versions",
-        {"trtllm-launch": a.version, **_others(a)},
-        {"trtllm-launch": b.version, **_others(b)},
-    )
-
-
-def _others(resolved: Resolved) -> dict[str, str]:
-    return {
-        f"{name} (launcher)": one
-        for name, one in resolved.packages.items()
-        if name != "trtllm-launch"
-    }
+    yield from _pairs("versions", {_OURS: a.version}, {_OURS: b.version})
 
 
 def _sourced(
@@ -166,8 +159,8 @@ def _by_process(
     for who in both:
         for change in _pairs(section, read(before[who]), read(after[who])):
             found.setdefault((change.name, change.before, change.after), []).append(who)
-    for (name, old, new), who in sorted(found.items()):
-        where = "" if len(who) == len(both) else ", ".join(who)
+    for (name, old, new), changed in sorted(found.items()):
+        where = "" if len(changed) == len(both) else ", ".join(changed)
         yield Change(section=section, name=name, where=where, before=old, after=new)
 
 
@@ -184,7 +177,11 @@ def _versions(one: Facts) -> dict[str, str]:
     for library in one.libraries:
         libraries.setdefault(library.name, []).append(library.path)
     loaded = {name: " and ".join(paths) for name, paths in libraries.items()}
-    return {"python": one.python, **one.packages, **loaded}
+    return {"python": one.python, **_packages(one.packages), **loaded}
+
+
+def _packages(versions: Mapping[str, str]) -> dict[str, str]:
+    return {name: version for name, version in versions.items() if name != _OURS}
 
 
 def _host(one: Facts) -> dict[str, str]:

@@ -28,6 +28,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from trtllm_workers.config.env import environment
+from trtllm_workers.deploy import proc
 from trtllm_workers.deploy.first_error import Death, FirstError, as_text, first_error
 from trtllm_workers.deploy.run import HISTORY, RunFolder, RunRecord
 from trtllm_workers.observe.redact import Redactor, secret_values
@@ -79,8 +80,11 @@ class Failure:
 
 
 def redactor_of(folder: Path, record: RunRecord | None = None) -> Redactor:
-    """Return what takes out the secrets of this environment, and of a run's folder."""
+    """Return what takes out the secrets of this environment, of a run's folder and of its processes."""
     values = secret_values(environment())
+    for one in (record.launcher, *record.processes) if record and record.of_this_boot else ():
+        if proc.same(one.pid, one.start_ticks):
+            values |= secret_values(proc.variables(one.pid))
     folders = {folder / "discovery"}
     if record is not None and record.discovery.startswith("file:"):
         folders.add(Path(unquote(urlsplit(record.discovery).path)))

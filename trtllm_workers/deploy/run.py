@@ -34,6 +34,7 @@ from trtllm_workers.errors import ConfigError
 
 RUN_ID = "TRTLLM_LAUNCH_RUN_ID"
 RUN_FOLDER = "TRTLLM_LAUNCH_RUN_FOLDER"
+RUN_HOST = "TRTLLM_LAUNCH_HOST"
 PROCESS = "TRTLLM_LAUNCH_PROCESS"
 # What tells each rank of a world its number: MPICH's mpiexec, Open MPI's mpirun.
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
@@ -233,7 +234,7 @@ def find_runs(roots: Sequence[Path], *, elsewhere: bool = True) -> list[Run]:
         if run_id and (elsewhere or run_id in runs or _lies_under(roots, tags)):
             run = runs.setdefault(run_id, _unrecorded(run_id, tags))
             name = tags.get(PROCESS, "unnamed")
-            rank = _rank(tags)
+            rank = rank_of(tags)
             run.members[process.pid] = (
                 name if rank is None else f"{name} rank {rank}",
                 process,
@@ -249,7 +250,7 @@ def ranks_of(run_id: str, process: str) -> dict[int, proc.Proc]:
     found: dict[int, proc.Proc] = {}
     for one in members_of(run_id):
         tags = proc.variables(one.pid)
-        rank = _rank(tags)
+        rank = rank_of(tags)
         if tags.get(PROCESS) != process or rank is None:
             continue
         # A rank's own children carry its number too, and are younger.
@@ -258,7 +259,7 @@ def ranks_of(run_id: str, process: str) -> dict[int, proc.Proc]:
     return found
 
 
-def _rank(tags: Mapping[str, str]) -> int | None:
+def rank_of(tags: Mapping[str, str]) -> int | None:
     """Return a process's number in its world; None for one that is in none."""
     numbers = [tags[name] for name in _RANKS if tags.get(name, "").isdigit()]
     return int(numbers[0]) if numbers else None

@@ -42,7 +42,7 @@ _OF_A_STARTER = re.compile(r"TLLM_SPAWN_PROXY_|SLURM_(?!MPI_TYPE|JOB_ID|NNODES|J
 # library in /proc/<pid>/maps → our name of it. Wheels may append a hash: libucp-1a2b3c4d.so.0.0.0.
 _LIBRARY = re.compile(
     r"/(lib(?:ucp|ucxx|mpi|pmix|nccl|cudart|cuda|nvidia-ml|nixl|nixl_common|ibverbs|fabric|torch|torch_cuda"
-    r"|tensorrt_llm|nvinfer|nvshmem_host|gomp|iomp5)|plugin_UCX|MPI\.[\w.-]*?abi3|MPI\.cpython[\w-]*)"
+    r"|tensorrt_llm|nvinfer|nvshmem_host|gomp|iomp5)|plugin_UCX|MPI\.[\w.-]+)"
     r"(?:-[0-9a-f]{8})?\.so(?:\.[\d.]+)?$"
 )
 _VERSION = re.compile(r"\.so\.(\d[\d.]*)$")

@@ -141,7 +141,8 @@ class Redactor:
 
 def anonymous(text: str, user: str, home: str) -> str:
     """Return text in which a user's name and home folder stand as ``user``."""
-    for folder in {home.rstrip("/"), f"/home/{user}", f"/Users/{user}"} - {"", "/", "/root"}:
+    folders = {home.rstrip("/"), f"/home/{user}", f"/Users/{user}"} - {"", "/", "/root"}
+    for folder in sorted(folders, key=len, reverse=True):  # one may end like another
         text = text.replace(folder, "/home/user")
     if user and user != "root":
         text = re.sub(rf"(?<![\w]){re.escape(user)}(?![\w])", "user", text)

@@ -22,7 +22,15 @@ import msgspec
 from trtllm_workers.deploy import history, proc
 from trtllm_workers.deploy.end import end_processes
 from trtllm_workers.deploy.parent import PARENT_PID
-from trtllm_workers.deploy.run import HISTORY, RUN_HOST, Run, RunFolder, RunRecord, find_runs
+from trtllm_workers.deploy.run import (
+    HISTORY,
+    RUN_FOLDER,
+    RUN_HOST,
+    Run,
+    RunFolder,
+    RunRecord,
+    find_runs,
+)
 from trtllm_workers.deploy.shm import left_overs, runs_with_memory
 from trtllm_workers.planes import record_codec, record_files
 
@@ -110,9 +118,17 @@ def _runs(roots: Sequence[Path], *, elsewhere: bool) -> list[Run]:
             pid: one
             for pid, one in run.members.items()
             # Root sees everybody's; and what called this one may carry a run's tags.
-            if _is_mine(Path("/proc", str(pid))) and not proc.is_ancestor(pid)
+            if _is_mine(Path("/proc", str(pid)))
+            and not proc.is_ancestor(pid)
+            and _is_of_folder(pid, run.folder)
         }
     return [run for run in runs.values() if run.folder or run.members]
+
+
+def _is_of_folder(pid: int, folder: RunFolder | None) -> bool:
+    """Return whether a process does not say that it belongs to another run, of the same id by chance."""
+    told = proc.variables(pid).get(RUN_FOLDER)
+    return folder is None or told is None or Path(told).resolve() == folder.path.resolve()
 
 
 def _spared(run: Run, *, told_ended: bool) -> str:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from trtllm_workers.deploy.doctor_services import service_findings
 from trtllm_workers.deploy.findings import Finding
 
 
-def services(environ: dict[str, str] | None = None, **settings: object) -> dict[str, Finding]:
+def services(environ: dict[str, str] | None = None, **settings: Any) -> dict[str, Finding]:
     found = service_findings(make_settings(**settings), environ or {"PATH": "/nowhere"})
     return {one.subject: one for one in found}
 
@@ -126,7 +127,7 @@ def test_left_overs_are_counted_and_gc_is_the_remedy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"disaggregated": True, "prefill_dispatch": "queue"}])
 def test_each_missing_service_has_a_remedy(
-    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trtllm_workers.deploy import doctor_services
 

@@ -14,11 +14,11 @@ DIFFERS = 1
 @table_options(("run_dir",))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for machines.")
 def command(run: tuple[str, ...], run_dir: str | None, as_json: bool) -> int:
-    """Compare what all ranks of a run see: variables, libraries, networks.
+    """Compare what the ranks of a run see around them; mark differences.
 
-    RUN is a run id, a run's folder or a bundle; several are compared together, for instance the parts of
-    a deployment that were started host by host. Without RUN it is the latest. Ends with 0 when all see the
-    same, with 1 when something differs that should not.
+    Compares variables, libraries, networks and limits. RUN is a run id, a run's folder or a bundle; several
+    are compared together, for instance the parts of a deployment that were started host by host. Without RUN
+    it is the latest. Ends with 0 when all see the same, with 1 when something differs that should not.
     """
     from trtllm_workers.cli.common import print_json, roots_of_runs
     from trtllm_workers.config.env import environment

@@ -30,7 +30,7 @@ COMMANDS = {
     "stop": "End a run, with everything it started.",
     "lint": "Check engine configs for TensorRT-LLM: keys, roles, pairs, memory.",
     "doctor": "Check this machine: what is there, what is missing, how to get it.",
-    "env-audit": "Compare what all ranks of a run see: variables, libraries, networks.",
+    "env-audit": "Compare what the ranks of a run see around them; mark differences.",
     "bundle": "Pack a run into one archive without secrets, to show to others.",
     "diff": "Say what changed between two runs.",
     "gc": "Clear what dead runs left: processes, memory, records, folders.",

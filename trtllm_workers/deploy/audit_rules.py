@@ -269,7 +269,8 @@ _RULES: tuple[Rule, ...] = (
 def _by_value(named: Mapping[str, Facts], variable: str) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for who, facts in named.items():
-        if value := facts.environment.get(variable, "").strip():
+        value = facts.environment.get(variable, "").strip()
+        if value and facts.role != "ingress":  # which moves no blocks
             found[value] = (*found.get(value, ()), who)
     return found
 

@@ -42,6 +42,7 @@ _INNOCENT_NAME = re.compile(
 )
 _PLAIN = re.compile(r"(?:true|false|yes|no|none|null|on|off|set|\d{1,4}(?:\.\d+)?)", re.IGNORECASE)
 
+# Repetitions have bounds: a long line without white space must not take quadratic time.
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
 )
@@ -49,25 +50,26 @@ _HEADER = re.compile(
     r"(\b(?:proxy-)?authorization[\"']?\s*[:=]\s*[\"']?)(?!\[redacted)[^\r\n\"']+", re.IGNORECASE
 )
 _SCHEME = re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE)
-_USER_IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/?#\"'<>]*@", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"([a-z][a-z0-9+.-]{0,20}://)[^\s/?#\"'<>]*@", re.IGNORECASE)
 # A password that holds a slash or a question mark, which a URL should have had escaped.
 _ODD_USER_IN_URL = re.compile(
-    r"(\b[a-z][a-z0-9+.-]*://)[^\s/:@\"'\[\]]+:(?!\d{1,5}(?:[/?#,\s]|$))[^\s\"'<>]*@", re.IGNORECASE
+    r"([a-z][a-z0-9+.-]{0,20}://)[^\s/:@\"'\[\]]+:(?!\d{1,5}(?:[/?#,\s]|$))[^\s\"'<>]*@",
+    re.IGNORECASE,
 )
-_IN_QUERY = re.compile(rf"([?&;](?:[\w.-]*[_.-])?(?:{_WORDS})=)[^&\s\"'<>;]+", re.IGNORECASE)
+_IN_QUERY = re.compile(rf"([?&;](?:[\w.-]{{0,60}}[_.-])?(?:{_WORDS})=)[^&\s\"'<>;]+", re.IGNORECASE)
 _FLAG = re.compile(
-    r"(--?[A-Za-z][\w.-]*(?:secret|passw(?:or)?d|passphrase|token|credentials?|api[_-]?key)(?:[ =]|\s+))"
+    r"(--?(?:[A-Za-z][\w.-]{0,60})?(?:secret|passw(?:or)?d|passphrase|token|credentials?|api[_-]?key)(?:[ =]|\s+))"
     r"(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"']+)",
     re.IGNORECASE,
 )
 _PAIR = re.compile(
-    r"(?P<name>[A-Za-z_][\w.-]*)(?P<between>[\"']?\s*(?:=>|[:=])\s*)"
+    r"(?P<name>[A-Za-z_][\w.-]{0,80})(?P<between>[\"']?\s*(?:=>|[:=])\s*)"
     r"(?P<value>\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|[^\s,;\"'{}()\[\]&][^\s,;\"'{}()&]*)"
 )
 _LOOKS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bnvapi-[\w-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}"
     r"|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|\bxox[abprs]-[\w-]{10,}|\bAKIA[A-Z0-9]{16}\b"
-    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
+    r"|(?<![\w-])eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from urllib.parse import quote
 
 import pytest
@@ -140,6 +141,16 @@ def test_words_of_a_command_lose_the_value_after_a_secret_flag() -> None:
         "decode",
         f"--password={REDACTED}",
     )
+
+
+@pytest.mark.parametrize(
+    "unit", ["a", "a.", "-a", "a:", "x=", "?a_", "://", "eyJ-", "a@", "key", '"']
+)
+def test_awkward_lines_take_no_more_than_a_moment(unit: str) -> None:
+    line = unit * (200_000 // len(unit))
+    began = time.process_time()
+    Redactor(["some-secret-value"]).text(line)
+    assert time.process_time() - began < 5
 
 
 def test_anonymous_text_holds_neither_user_nor_home() -> None:

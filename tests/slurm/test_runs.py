@@ -57,6 +57,10 @@ def wait_until_clean(cluster: MiniCluster, nodes: tuple[str, ...], timeout_s: fl
         time.sleep(0.2)  # SLURM ends steps in its own time
 
 
+def only_history(runs: Path) -> bool:
+    return [path.name for path in runs.iterdir()] == ["history"]
+
+
 def run_id_of(driver: Driver) -> str:
     return driver.wait_for("run ").split("run ", 1)[1].split()[0]
 
@@ -76,7 +80,7 @@ def test_one_mpi_world_over_two_nodes(
         assert nodes["worker-0", 0] == nodes["ingress", 0]
         assert driver.interrupt() == 130
     wait_until_clean(mini_cluster, mini_cluster.nodes)
-    assert [path.name for path in runs.iterdir()] == []
+    assert only_history(runs)
 
 
 @pytest.mark.parametrize("strategy", ["decode_first", "prefill_first"])
@@ -116,7 +120,7 @@ def test_a_submitted_job_with_its_own_etcd_is_followed_shown_and_stopped(
     assert done.returncode == 0, done.stdout + done.stderr
     wait_until_clean(mini_cluster, mini_cluster.nodes)
     assert mini_cluster.run(["squeue", "--noheader"]).stdout.strip() == ""
-    assert list(runs.iterdir()) == []
+    assert only_history(runs)
 
 
 def test_a_node_is_lost_under_load(mini_cluster: MiniCluster, runs: Path) -> None:
@@ -158,7 +162,9 @@ def test_a_cancelled_job_leaves_nothing_and_the_next_finds_its_nodes_free(
         job_id = job_of(driver)
     mini_cluster.run(["scancel", job_id])
     wait_until_clean(mini_cluster, mini_cluster.nodes)
-    kept = [path for path in runs.glob("*/*") if path.name not in ("logs",)]
+    kept = [
+        path for path in runs.glob("*/*") if path.name != "logs" and path.parent.name != "history"
+    ]
     assert kept == [], "nothing but logs"
     with started(mini_cluster, runs, AGGREGATED, *FREE, nodes=2) as driver:
         assert completion(driver.url(), PROMPTS[1]) == texts[PROMPTS[1]]

@@ -35,6 +35,13 @@ def warn_alone(warnings: Collection[str], environ: Mapping[str, str]) -> None:
         warn(warnings)
 
 
+def print_json(value: Any) -> None:
+    """Print a value for machines."""
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
 def roots_of_runs(given: str | None, environ: Mapping[str, str]) -> tuple[list[Path], bool]:
     """Return where to look for runs, and whether runs that lie elsewhere count too.
 

@@ -48,7 +48,7 @@ def command(as_json: bool, **values: Any) -> int:
     environ = environment()
     roots, elsewhere = roots_of_runs(values["run_dir"], environ)
     runs = find_runs(roots, elsewhere=elsewhere)
-    findings = examine(explicit(values), environ, runs)
+    findings = examine(explicit(values), environ, runs, roots)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(findings), indent=2).decode())
     else:

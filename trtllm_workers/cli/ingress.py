@@ -40,6 +40,7 @@ def command(dry_run: bool, **values: Any) -> int:
     from trtllm_workers.cli.part import (
         begin_logs,
         discovery_of,
+        facts_file,
         launcher_teller,
         meeting_points,
         own_value,
@@ -61,6 +62,8 @@ def command(dry_run: bool, **values: Any) -> int:
     if dry_run:
         print(show_settings(settings, INGRESS_OPTIONS))
         return 0
+    facts = facts_file(status_file, environ, "ingress")
+    facts.write("start")
     begin_logs("ingress", settings)
     plane_host = settings.plane_host
     plane_port = own_value(PLANE_PORT, values["plane_port"])
@@ -73,6 +76,9 @@ def command(dry_run: bool, **values: Any) -> int:
     from trtllm_workers.router.weights import Weights
     from trtllm_workers.types import Strategy
 
+    reached_at = advertised_host(
+        plane_host, own_value(ADVERTISE_HOST, values["advertise_host"]), meeting_points(settings)
+    )
     run_loop(
         serve_ingress(
             IngressSettings(
@@ -85,11 +91,7 @@ def command(dry_run: bool, **values: Any) -> int:
                 http_port=settings.http_port,
                 plane_host=plane_host,
                 plane_port=plane_port,
-                plane_advertise_host=advertised_host(
-                    plane_host,
-                    own_value(ADVERTISE_HOST, values["advertise_host"]),
-                    meeting_points(settings),
-                ),
+                plane_advertise_host=reached_at,
                 strategy=Strategy(settings.strategy),
                 router=RouterSettings(
                     RouterMode(settings.router_mode),
@@ -106,6 +108,7 @@ def command(dry_run: bool, **values: Any) -> int:
                 drain_timeout_s=settings.drain_timeout_s,
                 status_file=status_file,
                 tells_launcher_to_stop=launcher_teller(environ),
+                on_listening=lambda _host, _port: facts.write("ready", reached_at),
             )
         )
     )

@@ -19,7 +19,7 @@ from trtllm_workers.config.spelling import nearest
 from trtllm_workers.deploy.parent import PARENT_PID, end_with_parent
 from trtllm_workers.errors import EXIT_INTERRUPTED, ConfigError, LaunchError
 
-# Verb → its one line of help; the module of that name in cli/ holds `command`.
+# Verb → its one line of help; the module of that name in cli/ (with _ for -) holds `command`.
 COMMANDS = {
     "up": "Start an ingress and workers here; Ctrl-C ends them.",
     "plan": "Print the commands that 'up' would start.",
@@ -31,6 +31,10 @@ COMMANDS = {
     "slurm": "Run on SLURM: plan, run, status, stop, probe.",
     "lint": "Check engine configs for TensorRT-LLM: keys, roles, pairs, memory.",
     "doctor": "Check this machine: what is there, what is missing, how to get it.",
+    "env-audit": "Compare what the ranks of a run see around them; mark differences.",
+    "bundle": "Pack a run into one archive without secrets, to show to others.",
+    "diff": "Say what changed between two runs.",
+    "gc": "Clear what dead runs left: processes, memory, records, folders.",
 }
 # Started by 'up' alone; help does not list them.
 INTERNAL = ("nats", "etcd")
@@ -47,7 +51,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS and cmd_name not in INTERNAL:
             return None
-        module = importlib.import_module(f"trtllm_workers.cli.{cmd_name}")
+        module = importlib.import_module(f"trtllm_workers.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

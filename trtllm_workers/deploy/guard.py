@@ -15,7 +15,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from trtllm_workers.deploy import proc
+from trtllm_workers.deploy import history, proc
 from trtllm_workers.deploy.end import end_processes
 from trtllm_workers.deploy.run import RunFolder, members_of
 from trtllm_workers.deploy.shm import remove_left_overs
@@ -42,6 +42,7 @@ def watch(run_id: str, folder: RunFolder, grace_s: float) -> int:
 
     ended = end_processes(left_behind, grace_s, _KILL_WAIT_S)
     remove_left_overs(run_id)
+    history.keep(folder, record, "launcher died", with_logs=True)
     kept = folder.remove(keep_logs=True)
     where = f"; their logs are in {folder.logs}" if kept else ""
     with suppress(OSError):  # the terminal may be gone with the launcher

@@ -94,7 +94,7 @@ class Plan:
     """One run on this host. ``notes`` are for the operator's eyes.
 
     ``max_restarts``: how often a worker that dies after the run was ready is started again within
-    10 minutes.
+    10 minutes. ``settings`` and ``engine_configs`` are what it was made from, for the record.
     """
 
     run_id: str
@@ -110,6 +110,8 @@ class Plan:
     drain_timeout_s: float
     notes: tuple[str, ...] = ()
     max_restarts: int = 0
+    settings: Settings | None = None
+    engine_configs: Mapping[Role, EngineConfig] = field(default_factory=dict)
 
     @property
     def workers_in_words(self) -> str:
@@ -220,6 +222,8 @@ def make_plan(
         drain_timeout_s=settings.drain_timeout_s,
         notes=(*notes, *worlds.notes(crews)),
         max_restarts=settings.max_restarts,
+        settings=settings,
+        engine_configs=dict(engine_configs or {}),
     )
 
 

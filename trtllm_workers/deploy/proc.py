@@ -145,6 +145,14 @@ def wait_gone(targets: Iterable[Proc], timeout_s: float) -> list[Proc]:
             os.close(handle)
 
 
+def pid_namespace() -> str:
+    """Return what tells the pids seen here from those of other containers; "" where it cannot be told."""
+    try:
+        return os.readlink(PROC / "self/ns/pid")
+    except OSError:
+        return ""
+
+
 def boot_id() -> str:
     """Return what tells this boot of this host from every other; pids mean nothing across boots."""
     try:

@@ -6,6 +6,9 @@
                     status/        what each process says of itself (observe/status.py)
                     logs/          one file per process, unless --log-dir says where
                     discovery/     records of live workers, unless --discovery says where
+                    facts/         what each process and rank sees around it (observe/facts.py)
+                    resolved.json  what the run was told (resolved.py)
+           history/<run id>/       what stays of the last ended runs (history.py)
 
 A process belongs to a run when its recorded pid and start time match, when it lives in the session
 of one that does, or when its environment carries the run id (a grandchild that was left behind).
@@ -31,10 +34,12 @@ from trtllm_workers.errors import ConfigError
 
 RUN_ID = "TRTLLM_LAUNCH_RUN_ID"
 RUN_FOLDER = "TRTLLM_LAUNCH_RUN_FOLDER"
+RUN_HOST = "TRTLLM_LAUNCH_HOST"
 PROCESS = "TRTLLM_LAUNCH_PROCESS"
 # What tells each rank of a world its number: MPICH's mpiexec, Open MPI's mpirun.
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
 
+HISTORY = "history"
 _RECORD = "run.json"
 _KEPT_LOGS = 10
 
@@ -54,7 +59,10 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What run.json holds. ``state`` is starting, ready or stopping."""
+    """What run.json holds. ``state`` is starting, ready or stopping.
+
+    ``pid_namespace`` tells where its pids count; "": unknown.
+    """
 
     run_id: str
     host: str
@@ -70,6 +78,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     log_dir: str = ""
     drain_timeout_s: float = 30.0
     processes: tuple[ProcessRecord, ...] = ()
+    guard: ProcessRecord | None = None
+    pid_namespace: str = ""
 
     @property
     def of_this_boot(self) -> bool:
@@ -97,6 +107,21 @@ class RunFolder:
     def logs(self) -> Path:
         """Where logs go unless told otherwise."""
         return self.path / "logs"
+
+    @property
+    def facts(self) -> Path:
+        """Where each process keeps what it sees around it."""
+        return self.path / "facts"
+
+    @property
+    def resolved(self) -> Path:
+        """Where it stands what the run was told."""
+        return self.path / "resolved.json"
+
+    @property
+    def history(self) -> Path:
+        """Where what is worth keeping goes when the run ends."""
+        return self.path.parent / HISTORY / self.run_id
 
     def status(self, name: str) -> Path:
         """Return where the process of that name reports its steps."""
@@ -209,7 +234,7 @@ def find_runs(roots: Sequence[Path], *, elsewhere: bool = True) -> list[Run]:
         if run_id and (elsewhere or run_id in runs or _lies_under(roots, tags)):
             run = runs.setdefault(run_id, _unrecorded(run_id, tags))
             name = tags.get(PROCESS, "unnamed")
-            rank = _rank(tags)
+            rank = rank_of(tags)
             run.members[process.pid] = (
                 name if rank is None else f"{name} rank {rank}",
                 process,
@@ -225,7 +250,7 @@ def ranks_of(run_id: str, process: str) -> dict[int, proc.Proc]:
     found: dict[int, proc.Proc] = {}
     for one in members_of(run_id):
         tags = proc.variables(one.pid)
-        rank = _rank(tags)
+        rank = rank_of(tags)
         if tags.get(PROCESS) != process or rank is None:
             continue
         # A rank's own children carry its number too, and are younger.
@@ -234,7 +259,7 @@ def ranks_of(run_id: str, process: str) -> dict[int, proc.Proc]:
     return found
 
 
-def _rank(tags: Mapping[str, str]) -> int | None:
+def rank_of(tags: Mapping[str, str]) -> int | None:
     """Return a process's number in its world; None for one that is in none."""
     numbers = [tags[name] for name in _RANKS if tags.get(name, "").isdigit()]
     return int(numbers[0]) if numbers else None

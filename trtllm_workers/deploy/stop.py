@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtllm_workers.config.spelling import nearest
-from trtllm_workers.deploy import proc
+from trtllm_workers.deploy import history, proc
 from trtllm_workers.deploy.end import end_processes
 from trtllm_workers.deploy.run import Run, find_runs
 from trtllm_workers.deploy.shm import remove_left_overs
@@ -79,6 +79,8 @@ def stop_run(run: Run, roots: Sequence[Path], *, hurry: bool = False) -> Stopped
     if not left:
         remove_left_overs(run.run_id)
         if run.folder is not None:
+            if launcher is None:  # else it has told its end itself
+                history.keep(run.folder, run.record, "launcher died", with_logs=True)
             run.folder.remove()
     gone_badly = {process.pid for process in (*killed, *left)}
     return Stopped(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from trtllm_workers.deploy.plan import Plan, PlannedProcess
 from trtllm_workers.deploy.run import (
     PROCESS,
     RUN_FOLDER,
+    RUN_HOST,
     RUN_ID,
     ProcessRecord,
     members_of,
@@ -336,6 +338,7 @@ class Supervisor:
         return {
             RUN_ID: self._plan.run_id,
             RUN_FOLDER: str(self._plan.folder.path),
+            RUN_HOST: socket.gethostname(),
             PROCESS: planned.name,
             PARENT_PID: str(os.getpid()),
             PROCESS_LOG: str(planned.log),

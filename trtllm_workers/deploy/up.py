@@ -18,7 +18,8 @@ from typing import Any
 
 import msgspec
 
-from trtllm_workers.deploy import guard, proc, report
+from trtllm_workers.deploy import guard, history, proc, report, resolved
+from trtllm_workers.deploy.first_error import Death
 from trtllm_workers.deploy.output import Terminal
 from trtllm_workers.deploy.plan import Plan
 from trtllm_workers.deploy.ready import PROBE, Ladder, climb, probe
@@ -27,6 +28,7 @@ from trtllm_workers.deploy.run import ProcessRecord, RunRecord, create_run
 from trtllm_workers.deploy.site import Site
 from trtllm_workers.deploy.supervise import Child, Supervisor
 from trtllm_workers.errors import EXIT_INTERRUPTED, ConfigError, EngineDead, LaunchError, StartError
+from trtllm_workers.observe.redact import Redactor, secret_values
 
 # Before anything was ready there are no requests to wait for.
 _START_GRACE_S = 5.0
@@ -69,8 +71,9 @@ async def run_plan(
     create_run(plan.folder)
     try:
         _make_log_dir(plan)
-        with _Guard(plan), _Signals() as asked:
-            return await _Story(plan, environ, terminal, asked, pause, site or Site()).tell()
+        with _Guard(plan) as watched_by, _Signals() as asked:
+            story = _Story(plan, environ, terminal, asked, pause, watched_by, site or Site())
+            return await story.tell()
     finally:
         # Kept logs were decided on by the story; whatever is left besides them goes.
         plan.folder.remove(keep_logs=True)
@@ -84,10 +87,12 @@ class _Story:
         terminal: Terminal,
         asked: _Asked,
         pause: Callable[[float], Awaitable[None]],
+        watched_by: ProcessRecord,
         site: Site,
     ) -> None:
         self._plan = plan
         self._site = site
+        self._environ = environ
         self._terminal = terminal
         self._asked = asked
         self._began_s = time.monotonic()
@@ -101,14 +106,18 @@ class _Story:
             host=os.uname().nodename,
             boot_id=proc.boot_id(),
             started_at_s=time.time(),
-            launcher=_myself(),
+            launcher=_record_of("launcher", os.getpid()),
             model=plan.model,
             http_host=plan.http_host,
             http_port=plan.http_port,
             discovery=plan.discovery,
             log_dir=str(plan.log_dir),
             drain_timeout_s=plan.drain_timeout_s,
+            guard=watched_by,
+            pid_namespace=proc.pid_namespace(),
         )
+        self._culprit: Death | None = None
+        self._failure: history.Failure | None = None
         self._ready = False
         self._trouble = "it was not asked yet"
 
@@ -117,6 +126,7 @@ class _Story:
         watching = asyncio.create_task(self._watch_for_stop())
         try:
             self._note()
+            self._note_resolved()
             await self._prepare()
             if not self._asked.stop.done():
                 self._supervisor.start()
@@ -124,6 +134,9 @@ class _Story:
                 await self._become_ready()
                 await self._serve()
             failed = False
+        except LaunchError as error:
+            self._failure = history.Failure(str(error), self._culprit)
+            raise
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
@@ -221,9 +234,26 @@ class _Story:
             self._terminal.say(f"{names} did not end in time and had to be killed")
         await self._site.clear(self._terminal.say)
         explain = failed or self._reviver.any_restarted
+        await asyncio.to_thread(
+            history.keep,
+            plan.folder,
+            self._record,
+            "failed" if failed else "stopped",
+            self._failure,
+            with_logs=explain,
+        )
         kept = plan.folder.remove(keep_logs=explain and not plan.keeps_logs)
         if plan.keeps_logs or kept:
             self._terminal.say(f"logs are in {plan.log_dir}")
+
+    def _note_resolved(self) -> None:
+        """Write down what this run was told; it starts without that, too."""
+        redactor = Redactor(secret_values(self._environ))
+        with suppress(OSError):
+            told = resolved.resolved_of(self._plan, redactor)
+            self._plan.folder.resolved.write_bytes(
+                msgspec.json.format(msgspec.json.encode(told), indent=1)
+            )
 
     def _note_processes(self) -> None:
         records = {child.name: child.record() for child in self._supervisor.children}
@@ -256,6 +286,7 @@ class _Story:
         now_s = asyncio.get_running_loop().time()
         self._ladder.observe(child.name, self._site.read(child.plan.status), now_s)
         ending = child.ending()
+        self._culprit = Death(child.name, ending.rank, report.exit_in_words(ending.status))
         text = report.death(
             child.name,
             ending.status,
@@ -296,7 +327,7 @@ class _Guard:
         self._plan = plan
         self._popen: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> ProcessRecord:
         plan = self._plan
         module = [sys.executable, "-P", "-m", guard.__name__]
         grace_s = str(min(plan.drain_timeout_s, _START_GRACE_S))
@@ -306,6 +337,7 @@ class _Guard:
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
+        return _record_of("guard", self._popen.pid)
 
     def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
         assert self._popen is not None
@@ -345,13 +377,10 @@ def _stopping(number: signal.Signals, ready: bool, drain_timeout_s: float) -> st
     return f"{who}: stopping; running requests get up to {drain_timeout_s:g} s{again}"
 
 
-def _myself() -> ProcessRecord:
-    me = proc.read(os.getpid())
+def _record_of(name: str, pid: int) -> ProcessRecord:
+    found = proc.read(pid)
     return ProcessRecord(
-        name="launcher",
-        role="launcher",
-        pid=os.getpid(),
-        start_ticks=me.start_ticks if me else 0,
+        name=name, role=name, pid=pid, start_ticks=found.start_ticks if found else 0
     )
 
 

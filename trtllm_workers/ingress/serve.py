@@ -106,8 +106,8 @@ async def _serve_http(
         gc.freeze()
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         log.info("listening", url=url)
-        status.report("listening", detail=url)
         settings.on_listening(host, port)
+        status.report("listening", detail=url)
 
     server = HttpServer(app, settings, listening)
     serving = asyncio.create_task(server.serve(sockets=[sock]), name="http")

@@ -64,6 +64,7 @@ class WorkerSettings:
     * ``stall_timeout_s``: an engine that makes no token and no step for so long is taken for dead; 0: never.
     * ``prefill_queue``: roles prefill and decode hand prompts over through it; None: directly.
     * ``tells_launcher_to_stop``: see ``stopping.py``.
+    * ``on_loaded``: called once when engine and transports are there, before others learn of this worker.
     * ``extra``: engine options that are not TensorRT-LLM keys, see ``EngineOptions``.
     """
 
@@ -89,6 +90,7 @@ class WorkerSettings:
     stall_timeout_s: float = 120.0
     prefill_queue: PrefillQueue | None = None
     tells_launcher_to_stop: Callable[[], bool] | None = None
+    on_loaded: Callable[[], None] = lambda: None
     namespace: str = "default"
     etcd: EtcdLogin = field(default_factory=EtcdLogin)
     plane_tls: TlsFiles = field(default_factory=TlsFiles)
@@ -173,6 +175,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
             names = ",".join(transport.name for transport in transports)
             info = msgspec.structs.replace(info, kv_transport=names)
         await mesh.start()
+        settings.on_loaded()
         service.attach(
             mesh, info, transports, max_local_prefill_length=settings.max_local_prefill_length
         )

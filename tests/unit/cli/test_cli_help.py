@@ -75,7 +75,7 @@ def test_help_imports_nothing_heavy_and_stays_within_its_time(name: str) -> None
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_one_line_of_the_group_is_the_first_line_of_the_command(name: str) -> None:
-    command = importlib.import_module(f"trtllm_workers.cli.{name}").command
+    command = importlib.import_module(f"trtllm_workers.cli.{name.replace('-', '_')}").command
     assert isinstance(command, click.Command)
     assert command.name == name
     assert (command.help or "").splitlines()[0] == COMMANDS[name]

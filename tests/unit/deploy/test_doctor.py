@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from trtllm_workers.deploy import doctor
@@ -111,11 +112,11 @@ def test_extra_that_does_not_import_says_why(model: Path, monkeypatch: pytest.Mo
     )
 
 
-def test_optional_part_says_what_is_missing_and_the_command_that_brings_it() -> None:
-    found = doctor._optional("MPI", ("no_such_module",), ("no-such-program",), "apt-get install x")
-    assert found == note(
-        "MPI", "optional, missing: no_such_module, no-such-program", "apt-get install x"
-    )
+def test_every_finding_has_a_section_and_the_shape_that_is_documented(model: Path) -> None:
+    found = findings_of(model)
+    assert {name: one.section for name, one in found.items() if one.section == "engine"} == {}
+    assert {one.section for one in found.values()} >= {"host", "ports", "runs", "services", "slurm"}
+    assert set(msgspec.to_builtins(found["port"])) == {"level", "subject", "text", "fix", "section"}
 
 
 def test_broken_program_is_a_line_and_not_a_hang() -> None:

@@ -217,6 +217,8 @@ def make_slurm_plan(
         drain_timeout_s=settings.drain_timeout_s,
         notes=(*layout.notes, *_notes(settings, slurm, layout, allocation)),
         max_restarts=settings.max_restarts,
+        settings=settings,
+        engine_configs=configs,
     )
 
     def every_node(name: str, module: str, words: Sequence[str], *, first: bool) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from trtllm_workers.deploy.mpi import through_llmapi_launch
 from trtllm_workers.deploy.output import rank_log
 from trtllm_workers.deploy.parent import PARENT_PID
 from trtllm_workers.deploy.run import members_of
-from trtllm_workers.deploy.shm import remove_left_overs
+from trtllm_workers.deploy.shm import remove_left_overs, remove_unused_of_worlds
 from trtllm_workers.deploy.slurm import records, variables
 from trtllm_workers.deploy.slurm.addresses import choose
 from trtllm_workers.errors import LaunchError, StartError
@@ -90,7 +90,9 @@ def prepare(
         PROCESS_LOG: str(rank_log(Path(spec.log), rank) if spec.num_ranks > 1 else spec.log),
         RANK_ENV: None,
     }
-    if spec.num_ranks > 1 and not spec.launcher:  # which keeps MPI's world from the worker's command
+    if (
+        spec.num_ranks > 1 and not spec.launcher
+    ):  # which keeps MPI's world from the worker's command
         tags[WORLD_SIZE] = str(spec.num_ranks)
     environ = child_environment({**sent.values, **spec.env, **tags})
     seen = variables.comparable(environ)
@@ -126,6 +128,7 @@ def clear(run_id: str) -> int:
 
     end_processes(left, _CLEAR_GRACE_S, _KILL_WAIT_S)
     remove_left_overs(run_id)
+    remove_unused_of_worlds()
     shutil.rmtree(etcd_folder(run_id), ignore_errors=True)
     return 0
 

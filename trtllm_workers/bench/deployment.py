@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any, Literal
 
 import msgspec
@@ -171,8 +171,8 @@ async def read_phases(client: Client) -> dict[str, tuple[float, float]]:
 
 def phases_of(metrics: str) -> dict[str, tuple[float, float]]:
     """Return the same of the text of ``/metrics``. Pure."""
-    sums: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
+    counts: defaultdict[str, float] = defaultdict(float)
     for name, labels, value in _SERIES.findall(metrics):
         base, _, part = name.rpartition("_")
         if base == "time_to_first_token_seconds":

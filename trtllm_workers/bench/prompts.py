@@ -11,6 +11,7 @@ can be read, else by asking the server. Either way the server has the last word.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -33,15 +34,16 @@ _COMMON = (
     "said there use an each which she do how their if will up other about out many then them these "
     "so some her would make like him into time has look two more write go see number no way could "
     "people my than first water been call who its now find long down day did get come made may part"
-).split()
+)
 _REPEATS = 8
+_AT_ONCE = 8
 _MIN_WORDS = 12
 _MAX_WORDS = 2000
 _CHECKS = 2
 _CORRECTIONS = 3
 _WORD = re.compile(r"[ĠŀĠ▁]([a-z]{2,12})")
 # Fields that keep an answer from ending early, as servers know them.
-_TO_THE_END = ({"min_tokens": True, "ignore_eos": True}, {"ignore_eos": True}, {})
+_TO_THE_END = (("min_tokens", "ignore_eos"), ("ignore_eos",), ("min_tokens",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,7 @@ class Words:
 class Prompts:
     """Makes request bodies for one model of one server."""
 
-    def __init__(
-        self, model: str, workload: Workload, words: Words, ending: dict[str, Any]
-    ) -> None:
+    def __init__(self, model: str, workload: Workload, words: Words, ending: Sequence[str]) -> None:
         self.words = words
         self._model = model
         self._workload = workload
@@ -91,6 +91,10 @@ class Prompts:
         """Return the prompt of a key; equal keys give equal prompts."""
         dice = random.Random(f"{self._workload.seed} {key}")
         return self._shared + self.words.text(self._own_tokens, dice)
+
+    def ending(self) -> dict[str, Any]:
+        """Return the fields that keep an answer from ending before its last token."""
+        return _to_the_end(self._ending, self._workload.osl)
 
     def bodies(self, key: str, count: int, **changes: Any) -> list[bytes]:
         """Return ``count`` streaming chat requests, all different."""
@@ -122,7 +126,7 @@ async def make_prompts(
     Raises ConfigError when the server refuses such requests or no prompt of ``isl`` tokens can be made.
     """
     notes: list[str] = []
-    ending: dict[str, Any] = {}
+    ending: Sequence[str] = ()
     if workload.ignore_eos:
         ending = await _ending(client, model)
         if "ignore_eos" not in ending:
@@ -154,7 +158,7 @@ async def make_prompts(
 
 
 async def _checked(
-    client: Client, model: str, workload: Workload, words: Words, ending: dict[str, Any]
+    client: Client, model: str, workload: Workload, words: Words, ending: Sequence[str]
 ) -> Prompts | None:
     """Return prompts that the server counts as they were meant; None if there are none."""
     for _ in range(_CORRECTIONS):
@@ -169,28 +173,36 @@ async def _checked(
     return None
 
 
-async def _ending(client: Client, model: str) -> dict[str, Any]:
-    for ending in _TO_THE_END[:-1]:
-        body = {name: 1 if name == "min_tokens" else value for name, value in ending.items()}
-        status, _ = await _ask(client, model, START, body)
+async def _ending(client: Client, model: str) -> Sequence[str]:
+    for names in _TO_THE_END:
+        status, _ = await _ask(client, model, START, _to_the_end(names, 1))
         if status == 200:
-            return dict(ending)
-    return {}
+            return names
+    return ()
+
+
+def _to_the_end(names: Sequence[str], num_tokens: int) -> dict[str, Any]:
+    return {name: num_tokens if name == "min_tokens" else True for name in names}
 
 
 async def _ask_words(client: Client, model: str, base: int) -> dict[str, int]:
-    tokens = {}
-    for word in _COMMON:
+    tokens: dict[str, int] = {}
+
+    async def ask(word: str) -> None:
         total = await _count(client, model, START + f" {word}" * _REPEATS) - base
         if total > 0 and total % _REPEATS == 0:
             tokens[word] = total // _REPEATS
+
+    words = _COMMON.split()
+    for few in (words[at : at + _AT_ONCE] for at in range(0, len(words), _AT_ONCE)):
+        await asyncio.gather(*map(ask, few))
     if len(tokens) < _MIN_WORDS or 1 not in tokens.values():
         raise ConfigError(
             f"too few words with a fixed number of tokens were found for '{model}'; "
             "give --tokenizer DIR, the folder with its tokenizer.json",
             param="tokenizer",
         )
-    return tokens
+    return dict(sorted(tokens.items()))  # in whatever order the answers came
 
 
 async def _count(client: Client, model: str, text: str) -> int:

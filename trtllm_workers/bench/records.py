@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -50,7 +51,7 @@ class Record(msgspec.Struct, kw_only=True):
     def gaps_s(self) -> list[float]:
         """Return the times between consecutive chunks (ICL)."""
         times = self.chunks_s
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(times)]
 
 
 def problem_of(record: Record, workload: Workload, *, isl_slack: int = 0) -> str:

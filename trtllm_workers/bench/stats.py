@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 # A percentile needs some samples beyond it: one in a hundred says nothing below a hundred.
 _NEEDED = {90: 10, 99: 100}
 _RESAMPLES = 1000
 _CONFIDENCE = 0.95
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the last the normal one's.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
-_T += (2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160),
+    *(2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
 _T_BEYOND = 2.0
 
 
@@ -88,10 +91,10 @@ def bootstrap_change(
     dice = np.random.default_rng(seed)
     one, other = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
 
-    def figure(sample: np.ndarray) -> np.ndarray:
-        return sample.mean(axis=-1) if percent is None else np.percentile(sample, percent, axis=-1)
+    def figure(sample: NDArray[np.float64]) -> float:
+        return float(sample.mean() if percent is None else np.percentile(sample, percent))
 
-    first, second = float(figure(one)), float(figure(other))
+    first, second = figure(one), figure(other)
     if first <= 0:
         return None
     drawn_one = np.array([figure(dice.choice(one, len(one))) for _ in range(_RESAMPLES)])

@@ -104,14 +104,11 @@ class Prompts:
         ]
 
     def _body(self, text: str, *, stream: bool, changes: Mapping[str, Any]) -> bytes:
-        osl = self._workload.osl
         body: dict[str, Any] = {
             "model": self._model,
             "messages": [{"role": "user", "content": text}],
-            "max_tokens": osl,
-            **{
-                name: osl if name == "min_tokens" else value for name, value in self._ending.items()
-            },
+            "max_tokens": self._workload.osl,
+            **self.ending(),
         }
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}

@@ -20,6 +20,7 @@ from trtllm_workers.bench.svg import (
 
 _COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE)
 _WIDTH, _HEIGHT = 1160.0, 610.0
+_WIDE_SPREAD = 12.0
 _DASHES = {"p50": "", "p90": "7 4", "p99": "2 4"}
 _MARKERS = {"p50": "circle", "p90": "square", "p99": "triangle"}
 
@@ -97,12 +98,13 @@ def _picture(
                 x_title=word,
                 y_title=f"{what}, ms",
                 left=690,
-                top=106 + 250 * row,
+                top=106 + 258 * row,
                 width=440,
-                height=186,
+                height=178,
                 series=series,
                 x_log=True,
                 x_ticks=ticks,
+                y_log=_spreads(series),
             )
         )
     return document(_WIDTH, _HEIGHT, title, subtitle, charts)
@@ -110,6 +112,12 @@ def _picture(
 
 def _of(level: Level, what: str) -> Distribution:
     return level.ttft_s if what == "TTFT" else level.itl_s
+
+
+def _spreads(series: Sequence[Series]) -> bool:
+    """Return whether the small values would lie flat on the axis beside the large ones."""
+    values = [point.y for one in series for point in one.points]
+    return bool(values) and min(values) > 0 and max(values) > _WIDE_SPREAD * min(values)
 
 
 def _load(level: Level) -> float:

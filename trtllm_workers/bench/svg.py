@@ -15,6 +15,7 @@ FONT = "font-family=\"'DejaVu Sans', Verdana, Helvetica, Arial, sans-serif\""
 _GRID, _AXIS, _TEXT, _FAINT = "#E3E6EA", "#8A9099", "#222222", "#5A616B"
 _MARKER = 4.2
 _CHAR_PX = 6.1  # width of a character of 11 px, on average
+_BOLD_CHAR_PX = 7.4
 _LABEL_PX = 13
 
 
@@ -41,7 +42,10 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One pair of axes at a place of the picture. ``x_ticks`` are drawn as they are, else chosen."""
+    """One pair of axes at a place of the picture. ``x_ticks`` are drawn as they are, else chosen.
+
+    On a logarithmic axis all values are above 0.
+    """
 
     title: str
     x_title: str
@@ -53,9 +57,7 @@ class Chart:
     series: Sequence[Series]
     x_log: bool = False
     x_ticks: Sequence[float] = ()
-    legend: str = "top left"
-    x_from_zero: bool = True
-    y_from_zero: bool = True
+    y_log: bool = False
 
 
 @dataclass(slots=True)
@@ -100,6 +102,16 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten that cover ``low`` to ``high``; of many only the powers."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if math.log10(high / low) < 2 else (1,)
+    ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    below = [one for one in ticks if one <= low * (1 + 1e-9)]
+    above = [one for one in ticks if one >= high * (1 - 1e-9)]
+    return [one for one in ticks if below[-1] <= one <= above[0]]
+
+
 def tick_text(value: float) -> str:
     """Return a tick's number as short as it can be said."""
     if value == 0:
@@ -132,10 +144,15 @@ def _chart(chart: Chart) -> list[str]:
         edges = (math.log2(min(x_ticks)) - 0.25, math.log2(max(x_ticks)) + 0.25)
         to_x = _scale(*edges, chart.left, chart.left + chart.width, math.log2)
     else:
-        x_ticks = nice_ticks(0 if chart.x_from_zero else min(xs), max(xs) * 1.02)
+        x_ticks = nice_ticks(0, max(xs) * 1.02)
         to_x = _scale(x_ticks[0], x_ticks[-1], chart.left, chart.left + chart.width)
-    y_ticks = nice_ticks(0 if chart.y_from_zero else min(ys), max(ys) * 1.04, 5)
-    to_y = _scale(y_ticks[0], y_ticks[-1], chart.top + chart.height, chart.top)
+    bottom = chart.top + chart.height
+    if chart.y_log:
+        y_ticks = log_ticks(min(ys), max(ys))
+        to_y = _scale(math.log2(y_ticks[0]), math.log2(y_ticks[-1]), bottom, chart.top, math.log2)
+    else:
+        y_ticks = nice_ticks(0, max(ys) * 1.04, 5)
+        to_y = _scale(y_ticks[0], y_ticks[-1], bottom, chart.top)
     parts += _axes(chart, x_ticks, y_ticks, to_x, to_y)
     boxes = _Boxes()
     for point in points:
@@ -231,7 +248,7 @@ def _label(
 ) -> list[str]:
     """Return a label beside a point where it covers nothing; none where there is no such place."""
     x, y = at
-    wide = len(text) * _CHAR_PX + 2
+    wide = len(text) * _BOLD_CHAR_PX + 4
     for left, middle in (
         *((x + 8, y - 8), (x + 8, y + 10), (x - 8 - wide, y - 8), (x - 8 - wide, y + 10)),
         *((x - wide / 2, y - 14), (x - wide / 2, y + 16), (x + 14, y), (x - 14 - wide, y)),
@@ -245,7 +262,10 @@ def _label(
             and boxes.free(box)
         ):
             boxes.taken.append(box)
-            return [_text(left, middle + 4, text, colour=colour, weight="bold")]
+            word = _text(left, middle + 4, text, colour=colour, weight="bold")
+            # A white edge under it, so that it can be read across a line.
+            edge = word.replace("<text ", '<text stroke="#FFFFFF" stroke-width="3" ', 1)
+            return [edge, word]
     return []
 
 

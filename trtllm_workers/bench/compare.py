@@ -57,7 +57,7 @@ def compare(before: Results, after: Results) -> Comparison:
     """Return how the levels that both sweeps have differ.
 
     Latencies: both samples of requests are drawn anew 1,000 times; a change is above noise when the 95 %
-    interval of its size excludes zero. Throughput of a closed loop is streams × tokens ÷ mean latency, so
+    interval of its size excludes zero and it is 1 % at least. Throughput of a closed loop is streams × tokens ÷ mean latency, so
     it is judged by the mean latency in the same way; that of an open loop is what was asked for.
     """
     theirs = {level.load.in_words: level for level in after.levels}

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 # A percentile needs some samples beyond it: one in a hundred says nothing below a hundred.
 _NEEDED = {90: 10, 99: 100}
+# Two starts of one deployment differ by so much, however even the requests of each are.
+NEGLIGIBLE = 0.01
 _RESAMPLES = 1000
 _CONFIDENCE = 0.95
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the last the normal one's.
@@ -72,8 +74,10 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def certain(self) -> bool:
-        """True when chance alone is no good explanation."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """True when chance is no good explanation, and the change is worth speaking of."""
+        if self.low is None or self.high is None or abs(self.share) < NEGLIGIBLE:
+            return False
+        return self.low > 0 or self.high < 0
 
 
 def bootstrap_change(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import Counter, defaultdict
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from trtllm_workers.errors import ConfigError, StartError
 
 Mode = Literal["aggregated", "disaggregated"]
 
+_WORKERS_TELL_EVERY_S = 1.2  # once a second, and their way
 _SERIES = re.compile(r"^trtllm_launch_(\w+?)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 _PHASE = re.compile(r'phase="(\w+)"')
 
@@ -157,11 +159,14 @@ def contradictions(stated: Stated, real: Real) -> list[str]:
     return found
 
 
-async def read_phases(client: Client) -> dict[str, tuple[float, float]]:
+async def read_phases(client: Client, *, settled: bool = False) -> dict[str, tuple[float, float]]:
     """Return (seconds, requests) so far of each phase of a first token; empty where it is not told.
 
-    ``ingress`` is the whole time to the first token as the ingress measured it.
+    ``ingress`` is the whole time to the first token as the ingress measured it. ``settled`` waits
+    until workers have told what they did last.
     """
+    if settled:
+        await asyncio.sleep(_WORKERS_TELL_EVERY_S)
     try:
         status, body = await client.fetch("GET", "/metrics")
     except OSError:

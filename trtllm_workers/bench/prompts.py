@@ -73,7 +73,7 @@ class Prompts:
 
     def __init__(self, model: str, workload: Workload, words: Words, ending: Sequence[str]) -> None:
         self.words = words
-        self._model = model
+        self.model = model
         self._workload = workload
         self._ending = ending
         shared = random.Random(f"{workload.seed} shared")
@@ -105,7 +105,7 @@ class Prompts:
 
     def _body(self, text: str, *, stream: bool, changes: Mapping[str, Any]) -> bytes:
         body: dict[str, Any] = {
-            "model": self._model,
+            "model": self.model,
             "messages": [{"role": "user", "content": text}],
             "max_tokens": self._workload.osl,
             **self.ending(),

@@ -22,6 +22,7 @@ from trtllm_workers.bench.deployment import (
 )
 from trtllm_workers.bench.picture import sweep_picture
 from trtllm_workers.bench.prompts import make_prompts
+from trtllm_workers.bench.records import Record
 from trtllm_workers.bench.results import (
     Level,
     Results,
@@ -104,10 +105,9 @@ async def run_sweep(sweep: Sweep, say: Say) -> tuple[Results, Path]:
         for load in sweep.loads:
             into = folder / load.name
             into.mkdir()
-            before = await read_phases(client)
-            records, cpu_s = await asker.measure(load, into, sweep.workload.seed)
-            phases_s = phase_means(before, await read_phases(client))
-            level = level_of(load, records, cpu_s=cpu_s, phases_s=phases_s)
+            level, records = await measure_level(
+                client, asker, load, into, sweep.workload.seed, real
+            )
             write_records(into / "requests.jsonl", records)
             results.client = asker.name
             results.levels.append(level)
@@ -118,6 +118,16 @@ async def run_sweep(sweep: Sweep, say: Say) -> tuple[Results, Path]:
             write_results(folder / "results.json", results)
             (folder / "results.svg").write_text(sweep_picture(results), encoding="utf-8")
         return results, folder
+
+
+async def measure_level(
+    client: Client, asker: Asker, load: Load, folder: Path, seed: int, real: Real
+) -> tuple[Level, list[Record]]:
+    """Return what a level measured, with the server's own times of its first tokens, warm-up included."""
+    before = await read_phases(client)
+    records, cpu_s = await asker.measure(load, folder, seed)
+    after = await read_phases(client, settled=real.mode == "disaggregated")
+    return level_of(load, records, cpu_s=cpu_s, phases_s=phase_means(before, after)), records
 
 
 def require_as_stated(stated: Stated, real: Real, url: str) -> None:

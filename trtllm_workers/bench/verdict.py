@@ -226,7 +226,7 @@ def _headline(outcome: Outcome, levels: Sequence[LevelVerdict]) -> str:
             "trade-off": "a trade-off: each is better in some figure; an objective "
             "(--ttft-ms, --itl-ms) would decide",
             "no difference": "no difference above noise",
-            "neither": "neither meets the objective with a single request",
+            "neither": "not one request of either met the objective",
             "invalid": "no verdict: more than 1 % of the requests of some round went wrong",
         }[outcome]
     if outcome == "invalid":

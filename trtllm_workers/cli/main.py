@@ -28,6 +28,7 @@ COMMANDS = {
     "explain": "Say where the router sent requests, and why.",
     "ps": "List runs and their processes.",
     "stop": "End a run, with everything it started.",
+    "bench": "Measure a deployment, compare measurements, judge disaggregation.",
     "lint": "Check engine configs for TensorRT-LLM: keys, roles, pairs, memory.",
     "doctor": "Check this machine: what is there, what is missing, how to get it.",
 }

@@ -3,92 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from trtllm_workers.cli.bench_parts import (
+    DefaultGroup,
+    Up,
+    run_until_ended,
+    say,
+    workload_of,
+    workload_options,
+)
 from trtllm_workers.cli.options import GroupedCommand
 from trtllm_workers.errors import ConfigError
-
-T = TypeVar("T")
 
 _CONCURRENCY = "1,2,4,8,16,32,64,128,256"
 _FAILED = 1
 _COUNT = click.IntRange(1)
 
 
-class DefaultGroup(click.Group):
-    """A group that takes options without a verb as those of ``run``."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in self.commands:
-            known = ", ".join(self.commands)
-            raise ConfigError(f"bench has no '{args[0]}'; there are: {known}")
-        return super().resolve_command(ctx, args)
-
-
-@click.group("bench", cls=DefaultGroup)
+@click.group("bench", cls=DefaultGroup, context_settings={"show_default": True})
 def command() -> None:
     """Measure a deployment, compare measurements, judge disaggregation.
 
     Options without a verb are those of 'run': trtllm-launch bench --url http://localhost:8000.
     docs/benchmarking.md says how figures are taken and what the files hold.
     """
-
-
-def _workload_options(isl: int, osl: int) -> Any:
-    options = (
-        click.option(
-            "--isl",
-            type=_COUNT,
-            default=isl,
-            metavar="TOKENS",
-            help="Prompt tokens, as the server counts them.",
-        ),
-        click.option("--osl", type=_COUNT, default=osl, metavar="TOKENS", help="Answer tokens."),
-        click.option(
-            "--shared-prefix",
-            type=click.IntRange(0),
-            default=0,
-            metavar="TOKENS",
-            help="Tokens that all prompts begin with.",
-        ),
-        click.option(
-            "--no-ignore-eos", is_flag=True, help="Let answers end where the model ends them."
-        ),
-        click.option(
-            "--seed", type=click.IntRange(0), default=100, help="Of prompts and times of arrival."
-        ),
-        click.option(
-            "--tokenizer",
-            type=click.Path(exists=True, path_type=Path),
-            help="Folder with the model's tokenizer.json; else the server is asked.",
-        ),
-        click.option(
-            "--timeout-s",
-            type=click.FloatRange(0.1),
-            default=600.0,
-            metavar="SECONDS",
-            help="A request that takes longer has failed.",
-        ),
-        click.option("--model", help="Name in /v1/models; not needed when there is one."),
-    )
-
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 @command.command("run", cls=GroupedCommand)
@@ -116,18 +58,18 @@ def _workload_options(isl: int, osl: int) -> Any:
     metavar="N",
     help="Requests before them.  [default: 2 × streams]",
 )
-@_workload_options(3000, 150)
+@workload_options(3000, 150)
 @click.option(
     "--mode",
     type=click.Choice(["aggregated", "disaggregated"]),
     help="What you take it for; checked.",
 )
-@click.option("--tp", type=_COUNT, help="Ranks of an aggregated worker; checked.")
-@click.option("--dp", type=_COUNT, help="Aggregated workers; checked.")
-@click.option("--prefill-tp", type=_COUNT, help="Ranks of a prefill worker; checked.")
-@click.option("--prefill-dp", type=_COUNT, help="Prefill workers; checked.")
-@click.option("--decode-tp", type=_COUNT, help="Ranks of a decode worker; checked.")
-@click.option("--decode-dp", type=_COUNT, help="Decode workers; checked.")
+@click.option("--tp", type=_COUNT, metavar="N", help="Ranks of an aggregated worker; checked.")
+@click.option("--dp", type=_COUNT, metavar="N", help="Aggregated workers; checked.")
+@click.option("--prefill-tp", type=_COUNT, metavar="N", help="Ranks of a prefill worker; checked.")
+@click.option("--prefill-dp", type=_COUNT, metavar="N", help="Prefill workers; checked.")
+@click.option("--decode-tp", type=_COUNT, metavar="N", help="Ranks of a decode worker; checked.")
+@click.option("--decode-dp", type=_COUNT, metavar="N", help="Decode workers; checked.")
 @click.option(
     "--deployment-kind", default="trtllm-launch", help="A name for deployment_config.json."
 )
@@ -169,7 +111,7 @@ def run(**values: Any) -> int:
     sweep = Sweep(
         url=values["url"],
         model=values["model"],
-        workload=_workload(values),
+        workload=workload_of(values),
         loads=loads,
         stated=stated,
         kind=values["deployment_kind"],
@@ -179,7 +121,7 @@ def run(**values: Any) -> int:
         root=values["artifacts_root_dir"],
         path=environment().get("PATH"),
     )
-    results, folder = _run_loop(run_sweep(sweep, _say))
+    results, folder = run_until_ended(run_sweep(sweep, say))
     print(f"{folder / 'results.json'}\n{folder / 'results.svg'}")
     return 0 if all(level.valid for level in results.levels) else _FAILED
 
@@ -261,9 +203,13 @@ def compare(before: Path, after: Path, fail_above: float | None, output: Path | 
     help="Requests before them.  [default: the streams]",
 )
 @click.option(
-    "--rounds", type=_COUNT, default=2, help="Rounds at each of the two visits of a deployment."
+    "--rounds",
+    type=_COUNT,
+    metavar="N",
+    default=2,
+    help="Rounds at each of the two visits of a deployment.",
 )
-@_workload_options(1000, 100)
+@workload_options(1000, 100)
 @click.option(
     "--ttft-ms",
     type=click.FloatRange(0),
@@ -315,7 +261,7 @@ def verdict(up_options: tuple[str, ...], **values: Any) -> int:
     workers = values["workers"]
     splits = parse_splits(values["splits"], workers) if values["splits"] else splits_of(workers)
     trial = Trial(
-        workload=_workload(values),
+        workload=workload_of(values),
         loads=loads,
         objective=objective,
         model=values["model"],
@@ -325,49 +271,16 @@ def verdict(up_options: tuple[str, ...], **values: Any) -> int:
         folder=new_folder(values["artifacts_root_dir"]),
     )
     if agg_url:
-        judged, notes = _run_loop(try_urls(trial, agg_url, disagg_url, _say))
+        judged, notes = run_until_ended(try_urls(trial, agg_url, disagg_url, say))
     else:
         ways = [Split(aggregated=workers), *splits]
-        up = _Up(values["engine"], up_options, trial.folder / "runs")
-        judged, notes = _run_loop(try_splits(trial, ways, up.command, up.environ(), _say))
+        up = Up(values["engine"], up_options, trial.folder / "runs")
+        judged, notes = run_until_ended(try_splits(trial, ways, up.command, up.environ(), say))
+        up.clear()
     write_verdict(trial.folder / "verdict.json", judged, notes)
     print("\n" + as_text(judged, notes))
     print(f"\n{trial.folder / 'verdict.json'}")
     return _FAILED if judged.outcome == "invalid" or judged.same_text is False else 0
-
-
-class _Up:
-    """Commands that start deployments which end with this process, however it ends."""
-
-    def __init__(self, engine: str, more: tuple[str, ...], run_dir: Path) -> None:
-        self._engine = engine
-        self._more = more
-        self._run_dir = run_dir.absolute()
-
-    def command(self, split: Any) -> list[str]:
-        words = [sys.executable, "-m", "trtllm_workers.cli.main", "up", "--engine", self._engine]
-        words += ["--http-port", "0", "--run-dir", str(self._run_dir), "--log-level", "warning"]
-        return [*words, *split.options(), *self._more]
-
-    def environ(self) -> dict[str, str]:
-        import os
-
-        from trtllm_workers.config.env import child_environment
-        from trtllm_workers.deploy.parent import PARENT_PID
-
-        return child_environment({PARENT_PID: str(os.getpid())})
-
-
-def _workload(values: dict[str, Any]) -> Any:
-    from trtllm_workers.bench.workload import Workload
-
-    return Workload(
-        isl=values["isl"],
-        osl=values["osl"],
-        shared_prefix=values["shared_prefix"],
-        ignore_eos=not values["no_ignore_eos"],
-        seed=values["seed"],
-    )
 
 
 def _seconds(milliseconds: float | None) -> float | None:
@@ -381,31 +294,3 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(
             f"cannot write {path}: {wrong.strerror or wrong}", param="output"
         ) from wrong
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _run_loop(main: Coroutine[Any, Any, T]) -> T:
-    """Run to the end on uvloop where it is installed; SIGTERM ends it like Ctrl-C, with all it started."""
-    import asyncio
-    import signal
-
-    async def interruptible() -> T:
-        task = asyncio.current_task()
-        assert task is not None, "a coroutine that runs is a task's"
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        return await main
-
-    try:
-        import uvloop
-    except ImportError:
-        factory = None
-    else:
-        factory = uvloop.new_event_loop
-    try:
-        with asyncio.Runner(loop_factory=factory) as runner:
-            return runner.run(interruptible())
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None

@@ -38,9 +38,9 @@ lint: .venv/.dev ; $(PY)/ruff format --check . && $(PY)/ruff check .
 types: .venv/.dev ; $(PY)/mypy
 layers: .venv/.dev ; $(PY)/lint-imports
 shell: .venv/.dev
-	$(PY)/shellcheck -x launch/*.sh container/*.sh .ci/run && $(PY)/shfmt -i 2 -ci -d launch container .ci/run
+	$(PY)/shellcheck -x launch/*.sh benchmarks/*.sh container/*.sh .ci/run && $(PY)/shfmt -i 2 -ci -d launch benchmarks container .ci/run
 format: .venv/.dev ## rewrite files in place
-	$(PY)/ruff format . && $(PY)/ruff check --fix . && $(PY)/shfmt -i 2 -ci -w launch container .ci/run
+	$(PY)/ruff format . && $(PY)/ruff check --fix . && $(PY)/shfmt -i 2 -ci -w launch benchmarks container .ci/run
 
 clean: ## remove .venv and caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

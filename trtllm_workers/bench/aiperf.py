@@ -32,7 +32,7 @@ def argv(
     tokenizer: Path | None,
     workload: Workload,
     load: Load,
-    base_tokens: int,
+    template_tokens: int,
     ending: dict[str, Any],
     timeout_s: float,
     seed: int,
@@ -40,10 +40,10 @@ def argv(
 ) -> list[str]:
     """Return the command that measures one level into ``folder``.
 
-    ``base_tokens`` is what the server's chat template adds to a prompt, ``ending`` the fields that keep
+    ``template_tokens`` is what the server's chat template adds to a prompt, ``ending`` the fields that keep
     an answer from ending early.
     """
-    own_tokens = workload.isl - workload.shared_prefix - base_tokens
+    own_tokens = workload.isl - workload.shared_prefix - template_tokens
     if own_tokens < 1:
         raise ConfigError(f"--isl {workload.isl} leaves no token for a prompt", param="isl")
     words = [program, "profile", "--model", model, "--endpoint-type", "chat", "--streaming"]

@@ -116,10 +116,12 @@ class Aiperf:
             tokenizer=self._tokenizer,
             workload=self._workload,
             load=load,
-            base_tokens=self._prompts.words.base_tokens,
+            template_tokens=self._prompts.words.template_tokens,
             ending=self._prompts.ending(),
             timeout_s=self._timeout_s,
-            seed=seed,
+            # Of one seed aiperf makes the same prompts at every level, and the second one would find
+            # those of the first in the prefix cache.
+            seed=seed + round(1000 * (load.concurrency or load.request_rate or 0)),
             folder=target,
         )
         requests = load.num_requests + load.num_warmup

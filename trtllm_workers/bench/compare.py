@@ -58,7 +58,7 @@ def compare(before: Results, after: Results) -> Comparison:
 
     Latencies: both samples of requests are drawn anew 1,000 times; a change is above noise when the 95 %
     interval of its size excludes zero and it is 1 % at least. Throughput of a closed loop is streams × tokens ÷ mean latency, so
-    it is judged by the mean latency in the same way; that of an open loop is what was asked for.
+    its bounds lie about it as those of the mean latency do; that of an open loop is what was asked for.
     """
     theirs = {level.load.in_words: level for level in after.levels}
     rows: list[Row] = []
@@ -84,7 +84,7 @@ def as_table(comparison: Comparison) -> str:
             between = f"{percent(change.low)} to {percent(change.high)}"
             cells = (percent(change.share), between, verdict)
         lines.append((row.level, row.figure, show(row.before), show(row.after), *cells))
-    header = ("streams", "figure", "before", "after", "change", "95 % between", "")
+    header = ("load", "figure", "before", "after", "change", "95 % between", "")
     return table(header, lines)
 
 
@@ -95,12 +95,13 @@ def _rows(before: Level, after: Level) -> list[Row]:
     if before.load.concurrency is not None and slower is not None and before.tokens_per_s > 0:
         assert slower.low is not None, "a bootstrap has bounds"
         assert slower.high is not None, "a bootstrap has bounds"
+        ratio = after.tokens_per_s / before.tokens_per_s
         change = Change(
             before=before.tokens_per_s,
             after=after.tokens_per_s,
-            share=after.tokens_per_s / before.tokens_per_s - 1,
-            low=1 / (1 + slower.high) - 1,
-            high=1 / (1 + slower.low) - 1,
+            share=ratio - 1,
+            low=ratio * (1 + slower.share) / (1 + slower.high) - 1,
+            high=ratio * (1 + slower.share) / (1 + slower.low) - 1,
         )
     rows = [Row(name, "tokens/s", before.tokens_per_s, after.tokens_per_s, change, False)]
     for figure, samples, percentile in _LATENCIES:

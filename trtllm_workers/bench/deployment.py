@@ -155,7 +155,7 @@ def contradictions(stated: Stated, real: Real) -> list[str]:
             found.append(f"{flag} says {said}, the server has no {role} workers")
         elif role in told and told[role] != said:
             what = "workers" if flag.endswith("dp") else "ranks in each worker"
-            found.append(f"{flag} says {said}, the server has {told[role]} {role} {what}")
+            found.append(f"{flag} says {said} {what} ({role}), the server has {told[role]}")
     return found
 
 

@@ -15,7 +15,7 @@ import asyncio
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,14 @@ _TO_THE_END = (("min_tokens", "ignore_eos"), ("ignore_eos",), ("min_tokens",))
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Words with their numbers of tokens, one of them 1 at least; and what every prompt has anyway."""
+    """Words with their numbers of tokens, one of them 1 at least; and what every prompt has anyway.
+
+    ``template_tokens`` of ``base_tokens`` are the chat template's.
+    """
 
     tokens: Mapping[str, int]
     base_tokens: int
+    template_tokens: int
 
     def text(self, num_tokens: int, dice: random.Random) -> str:
         """Return words that together have ``num_tokens`` tokens, each with a blank before it."""
@@ -132,6 +136,7 @@ async def make_prompts(
                 "count as failed; --no-ignore-eos takes them as they come"
             )
     base = await _count(client, model, START)
+    template = max(0, await _count(client, model, "a") - 1)
     tokens: dict[str, int] = {}
     if tokenizer is not None:
         tokens = _words_of(tokenizer)
@@ -140,7 +145,7 @@ async def make_prompts(
             tokens = {}
     asked = not tokens
     while True:
-        words = Words(await _ask_words(client, model, base) if asked else tokens, base)
+        words = Words(await _ask_words(client, model, base) if asked else tokens, base, template)
         prompts = await _checked(client, model, workload, words, ending)
         if prompts is not None:
             return prompts, notes
@@ -166,7 +171,7 @@ async def _checked(
             return prompts
         if len(set(off)) > 1:
             return None
-        words = Words(words.tokens, words.base_tokens + off[0])
+        words = replace(words, base_tokens=words.base_tokens + off[0])
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trtllm_workers.bench.results import Level
 
 _COLUMNS = (
-    ("streams", 8),
+    ("load", 8),
     ("good", 6),
     ("failed", 6),
     ("tok/s", 9),

@@ -64,12 +64,44 @@ def command() -> None:
     type=click.Choice(["aggregated", "disaggregated"]),
     help="What you take it for; checked.",
 )
-@click.option("--tp", type=_COUNT, metavar="N", help="Ranks of an aggregated worker; checked.")
-@click.option("--dp", type=_COUNT, metavar="N", help="Aggregated workers; checked.")
-@click.option("--prefill-tp", type=_COUNT, metavar="N", help="Ranks of a prefill worker; checked.")
-@click.option("--prefill-dp", type=_COUNT, metavar="N", help="Prefill workers; checked.")
-@click.option("--decode-tp", type=_COUNT, metavar="N", help="Ranks of a decode worker; checked.")
-@click.option("--decode-dp", type=_COUNT, metavar="N", help="Decode workers; checked.")
+@click.option(
+    "--tp",
+    "--tensor-parallelism",
+    type=_COUNT,
+    metavar="N",
+    help="Ranks of an aggregated worker; checked.",
+)
+@click.option(
+    "--dp", "--data-parallelism", type=_COUNT, metavar="N", help="Aggregated workers; checked."
+)
+@click.option(
+    "--prefill-tp",
+    "--prefill-tensor-parallelism",
+    type=_COUNT,
+    metavar="N",
+    help="Ranks of a prefill worker; checked.",
+)
+@click.option(
+    "--prefill-dp",
+    "--prefill-data-parallelism",
+    type=_COUNT,
+    metavar="N",
+    help="Prefill workers; checked.",
+)
+@click.option(
+    "--decode-tp",
+    "--decode-tensor-parallelism",
+    type=_COUNT,
+    metavar="N",
+    help="Ranks of a decode worker; checked.",
+)
+@click.option(
+    "--decode-dp",
+    "--decode-data-parallelism",
+    type=_COUNT,
+    metavar="N",
+    help="Decode workers; checked.",
+)
 @click.option(
     "--deployment-kind", default="trtllm-launch", help="A name for deployment_config.json."
 )

@@ -45,12 +45,20 @@ def workload_options(isl: int, osl: int) -> Callable[[F], F]:
     options = (
         click.option(
             "--isl",
+            "--input-sequence-length",
             type=_COUNT,
             default=isl,
             metavar="TOKENS",
             help="Prompt tokens, as the server counts them.",
         ),
-        click.option("--osl", type=_COUNT, default=osl, metavar="TOKENS", help="Answer tokens."),
+        click.option(
+            "--osl",
+            "--output-sequence-length",
+            type=_COUNT,
+            default=osl,
+            metavar="TOKENS",
+            help="Answer tokens.",
+        ),
         click.option(
             "--shared-prefix",
             type=click.IntRange(0),

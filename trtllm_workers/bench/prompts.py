@@ -41,6 +41,7 @@ _MIN_WORDS = 12
 _MAX_WORDS = 2000
 _CHECKS = 2
 _CORRECTIONS = 3
+_LARGEST_CORRECTION = 8  # tokens; more is no seam between words but another way to count
 _WORD = re.compile(r"[ĠŀĠ▁]([a-z]{2,12})")
 # Fields that keep an answer from ending early, as servers know them.
 _TO_THE_END = (("min_tokens", "ignore_eos"), ("ignore_eos",), ("min_tokens",))
@@ -169,7 +170,7 @@ async def _checked(
         off = [await _count(client, model, text) - workload.isl for text in texts]
         if not any(off):
             return prompts
-        if len(set(off)) > 1:
+        if len(set(off)) > 1 or abs(off[0]) > _LARGEST_CORRECTION:
             return None
         words = replace(words, base_tokens=words.base_tokens + off[0])
     return None

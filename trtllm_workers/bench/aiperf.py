@@ -113,10 +113,9 @@ def _record(index: int, told: Any, began_ns: int, workload: Workload) -> Record:
     if metadata.get("was_cancelled"):
         record.problem = "no whole answer within the time limit"
         return record
-    record.prompt_tokens = int(metrics["usage_prompt_tokens"]["value"])
-    record.output_tokens = int(metrics["usage_completion_tokens"]["value"])
-    cached = metrics.get("usage_prompt_cache_read_tokens")
-    record.cached_tokens = int(cached["value"]) if cached else 0
+    record.prompt_tokens = _tokens(metrics, "usage_prompt_tokens")
+    record.output_tokens = _tokens(metrics, "usage_completion_tokens")
+    record.cached_tokens = _tokens(metrics, "usage_prompt_cache_read_tokens")
     if "time_to_first_token" in metrics:
         at_s = start_s + metrics["time_to_first_token"]["value"] * _MS
         record.chunks_s.append(at_s)
@@ -128,6 +127,10 @@ def _record(index: int, told: Any, began_ns: int, workload: Workload) -> Record:
     slack = max(_ISL_SLACK_TOKENS, round(_ISL_SLACK * workload.isl))
     record.problem = problem_of(record, workload, isl_slack=slack)
     return record
+
+
+def _tokens(metrics: Any, name: str) -> int:
+    return int(metrics[name]["value"]) if name in metrics else 0
 
 
 def _version(path: Path) -> str:

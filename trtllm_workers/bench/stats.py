@@ -92,17 +92,19 @@ def bootstrap_change(
     needed = 2 if percent is None else max(2, _NEEDED.get(percent, 2))
     if len(before) < needed or len(after) < needed:
         return None
-    dice = np.random.default_rng(seed)
     one, other = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
 
-    def figure(sample: NDArray[np.float64]) -> float:
-        return float(sample.mean() if percent is None else np.percentile(sample, percent))
+    def figure(sample: NDArray[np.float64]) -> NDArray[np.float64]:
+        if percent is None:
+            return np.asarray(sample.mean(axis=-1))
+        return np.asarray(np.percentile(sample, percent, axis=-1))
 
-    first, second = figure(one), figure(other)
+    first, second = float(figure(one)), float(figure(other))
     if first <= 0:
         return None
-    drawn_one = np.array([figure(dice.choice(one, len(one))) for _ in range(_RESAMPLES)])
-    drawn_other = np.array([figure(dice.choice(other, len(other))) for _ in range(_RESAMPLES)])
+    dice = np.random.default_rng(seed)
+    drawn_one = figure(dice.choice(one, (_RESAMPLES, len(one))))
+    drawn_other = figure(dice.choice(other, (_RESAMPLES, len(other))))
     shares = drawn_other / np.maximum(drawn_one, 1e-12) - 1
     tail = (1 - _CONFIDENCE) / 2 * 100
     return Change(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from trtllm_workers.bench.results import Level
+from trtllm_workers.bench.stats import Change
 from trtllm_workers.bench.tables import ms
 from trtllm_workers.bench.workload import Workload
 
 _LARGE_SHARE = 0.25
-_SAME = 0.02
 
 
 def reasons(
@@ -18,8 +18,9 @@ def reasons(
     split: Sequence[Level],
     split_alone: Level | None,
     name: str,
+    changes: Mapping[str, Change],
 ) -> list[str]:
-    """Return what explains the difference, the most telling first."""
+    """Return where the time went; what is more than a figure is only said of changes above noise."""
     ours_ttft, theirs_ttft = _mean(aggregated, _ttft), _mean(split, _ttft)
     ours_itl, theirs_itl = _mean(aggregated, _itl), _mean(split, _itl)
     told = [
@@ -46,19 +47,35 @@ def reasons(
         f"{ours_stalled:.0%} of it stalls (gaps beyond twice the median); "
         f"{ms(theirs_itl, 2)} ms {name}{_beside(theirs_itl, split_alone)}, {theirs_stalled:.0%} stalls"
     )
-    if ours_itl > theirs_itl * (1 + _SAME):
+    itl = changes.get("ITL p50")
+    if itl is None or not itl.certain:
+        return told
+    if itl.share < 0 and ours_stalled > theirs_stalled:
         told.append(
             "prefills of other requests interrupt decoding on aggregated workers, not there"
         )
-    elif theirs_itl > ours_itl * (1 + _SAME):
+    elif itl.share < 0:
+        told.append("steps of aggregated workers carry prefill for others, which makes each longer")
+    else:
         told.append(
             "fewer workers decode there, so each holds more streams: decode is its bottleneck"
         )
     return told
 
 
-def break_even(workload: Workload, aggregated: Sequence[Level], split: Sequence[Level]) -> str:
-    """Return the answer length from which the other one would be sooner done; "" where none is."""
+def break_even(
+    workload: Workload,
+    aggregated: Sequence[Level],
+    split: Sequence[Level],
+    changes: Mapping[str, Change],
+) -> str:
+    """Return the answer length from which the other one would be sooner done.
+
+    "" where there is none, and where one of the two times differs by no more than noise.
+    """
+    told = [changes.get("TTFT p50"), changes.get("ITL p50")]
+    if not all(change is not None and change.certain for change in told):
+        return ""
     first = _mean(split, _ttft) - _mean(aggregated, _ttft)
     each = _mean(aggregated, _itl) - _mean(split, _itl)
     if first == 0 or each == 0 or (first > 0) != (each > 0):

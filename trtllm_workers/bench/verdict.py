@@ -141,8 +141,8 @@ def _judge_level(
         best=best.name,
         changes=changes,
         goodput=goodput,
-        reasons=reasons(ours, aggregated.alone, theirs, best.alone, best.name),
-        break_even=break_even(workload, ours, theirs),
+        reasons=reasons(ours, aggregated.alone, theirs, best.alone, best.name, changes),
+        break_even=break_even(workload, ours, theirs, changes),
     )
 
 

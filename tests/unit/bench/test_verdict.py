@@ -44,7 +44,7 @@ def test_better_in_something_and_worse_in_nothing_is_better() -> None:
     assert found.outcome == "disaggregated"
     assert found.headline == "1+1 is better for this workload"
     assert found.levels[0].changes["ITL p50"].share == pytest.approx(-0.5, abs=0.02)
-    assert any("interrupt decoding" in reason for reason in found.levels[0].reasons)
+    assert any("carry prefill for others" in reason for reason in found.levels[0].reasons)
 
 
 def test_worse_in_something_and_better_in_nothing_leaves_aggregated() -> None:
@@ -72,7 +72,12 @@ def test_noise_between_rounds_is_not_taken_for_a_difference() -> None:
     noisy.rounds["concurrency8"] = [
         level(8, ttft_s=0.1 * factor, itl_s=0.01 * factor) for factor in (0.7, 1.5, 0.8, 1.4)
     ]
-    assert verdict(noisy).outcome == "no difference"
+    found = verdict(noisy)
+    assert found.outcome == "no difference"
+    assert found.levels[0].break_even == ""
+    assert not any(
+        "bottleneck" in reason or "carry" in reason for reason in found.levels[0].reasons
+    )
 
 
 def test_an_objective_decides_by_requests_within_it() -> None:

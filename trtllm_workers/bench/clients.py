@@ -30,6 +30,7 @@ _TAIL_LINES = 15
 class Asker(Protocol):
     """Measures one level.
 
+    * ``warm_up`` asks what is not measured, unless ``measure`` does so itself.
     * ``measure`` returns a record of every request of the level, wrong ones with their ``problem``, and
       the seconds of CPU that asking took, where they are known.
     * Equal seeds ask for equal prompts.
@@ -37,6 +38,8 @@ class Asker(Protocol):
     """
 
     name: str
+
+    async def warm_up(self, load: Load, seed: int) -> None: ...
 
     async def measure(
         self, load: Load, folder: Path, seed: int
@@ -53,16 +56,18 @@ class Own:
         self._prompts = prompts
         self._workload = workload
 
+    async def warm_up(self, load: Load, seed: int) -> None:
+        """See ``Asker``. Raises StartError when no request was good."""
+        bodies = self._prompts.bodies(f"{load.name} {seed} warmup", load.num_warmup)
+        if bodies:
+            self._require_good(await self._client.closed_loop(bodies, load.concurrency or 2))
+
     async def measure(
         self, load: Load, folder: Path, seed: int
     ) -> tuple[list[Record], float | None]:
-        """See ``Asker``. Raises StartError when no warm-up request was good."""
+        """See ``Asker``."""
         del folder
-        key = f"{load.name} {seed}"
-        warmup = self._prompts.bodies(f"{key} warmup", load.num_warmup)
-        bodies = self._prompts.bodies(key, load.num_requests)
-        if warmup:
-            self._require_good(await self._client.closed_loop(warmup, load.concurrency or 2))
+        bodies = self._prompts.bodies(f"{load.name} {seed}", load.num_requests)
         before_s = time.process_time()
         if load.concurrency is not None:
             records = await self._client.closed_loop(bodies, load.concurrency)
@@ -103,6 +108,9 @@ class Aiperf:
         self._model = model
         self._tokenizer = tokenizer
         self._timeout_s = timeout_s
+
+    async def warm_up(self, load: Load, seed: int) -> None:
+        """Do nothing: aiperf warms up by itself."""
 
     async def measure(
         self, load: Load, folder: Path, seed: int

@@ -123,10 +123,12 @@ async def run_sweep(sweep: Sweep, say: Say) -> tuple[Results, Path]:
 async def measure_level(
     client: Client, asker: Asker, load: Load, folder: Path, seed: int, real: Real
 ) -> tuple[Level, list[Record]]:
-    """Return what a level measured, with the server's own times of its first tokens, warm-up included."""
-    before = await read_phases(client)
+    """Return what a level measured, with the server's own times of its first tokens."""
+    await asker.warm_up(load, seed)
+    settled = real.mode == "disaggregated"
+    before = await read_phases(client, settled=settled)
     records, cpu_s = await asker.measure(load, folder, seed)
-    after = await read_phases(client, settled=real.mode == "disaggregated")
+    after = await read_phases(client, settled=settled)
     return level_of(load, records, cpu_s=cpu_s, phases_s=phase_means(before, after)), records
 
 

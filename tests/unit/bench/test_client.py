@@ -86,16 +86,14 @@ async def test_a_silent_server_is_given_up(serve: Serve) -> None:
     assert record.end_s > 0
 
 
-async def test_a_warm_up_that_goes_wrong_altogether_ends_the_sweep(
-    serve: Serve, tmp_path: Any
-) -> None:
+async def test_a_warm_up_that_goes_wrong_altogether_ends_the_sweep(serve: Serve) -> None:
     serve(FakeServer(refused=("max_tokens",)))
     workload = Workload(isl=20, osl=4)
     prompts = Prompts("m", workload, Words({"a": 1, "b": 1}, 6, 5), ())
     async with client() as one:
         own = Own(one, prompts, workload)
         with pytest.raises(StartError, match=r"every warm-up request .* HTTP 400: unknown field"):
-            await own.measure(Load(concurrency=2, num_requests=4, num_warmup=2), tmp_path, 1)
+            await own.warm_up(Load(concurrency=2, num_requests=4, num_warmup=2), 1)
 
 
 async def test_own_names_what_is_wrong_with_an_answer(serve: Serve, tmp_path: Any) -> None:

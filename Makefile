@@ -38,9 +38,11 @@ lint: .venv/.dev ; $(PY)/ruff format --check . && $(PY)/ruff check .
 types: .venv/.dev ; $(PY)/mypy
 layers: .venv/.dev ; $(PY)/lint-imports
 shell: .venv/.dev
-	$(PY)/shellcheck -x launch/*.sh multinode/*.sh multinode/*.sbatch container/*.sh tests/slurm/*.sh .ci/run && $(PY)/shfmt -i 2 -ci -d launch multinode container tests/slurm .ci/run
+	$(PY)/shellcheck -x launch/*.sh multinode/*.sh multinode/*.sbatch benchmarks/*.sh container/*.sh tests/slurm/*.sh .ci/run
+	$(PY)/shfmt -i 2 -ci -d launch multinode benchmarks container tests/slurm .ci/run
 format: .venv/.dev ## rewrite files in place
-	$(PY)/ruff format . && $(PY)/ruff check --fix . && $(PY)/shfmt -i 2 -ci -w launch multinode container tests/slurm .ci/run
+	$(PY)/ruff format . && $(PY)/ruff check --fix .
+	$(PY)/shfmt -i 2 -ci -w launch multinode benchmarks container tests/slurm .ci/run
 
 clean: ## remove .venv and caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -12,7 +12,7 @@ else
   cli="$(type -P trtllm-launch || true)"
 fi
 if [[ ! -x "$cli" ]]; then
-  launcher="launch/$(basename -- "$(readlink -f -- "$0")")"
-  echo "$launcher: no trtllm-launch${cli:+ at $cli}; run 'make setup' in $root first" >&2
+  launcher="$(readlink -f -- "$0")"
+  echo "${launcher#"$root"/}: no trtllm-launch${cli:+ at $cli}; run 'make setup' in $root first" >&2
   exit 2
 fi

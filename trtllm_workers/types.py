@@ -204,7 +204,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     ``max_seq_len`` bounds prompt + output tokens of one request, ``max_prompt_len`` its prompt alone
     (0: only ``max_seq_len`` does). ``loras`` names the adapters it holds. ``kv_wire`` is the transport
     that an engine with KV of its own was *seen* to use; "" until it was seen. ``kv_events``: it tells
-    changes of its prefix cache.
+    changes of its prefix cache. ``tensor_parallel_size``: ranks that share the model; 0: it does not tell.
     """
 
     engine: str
@@ -226,6 +226,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     dtype: str = ""
     kv_events: bool = False
+    tensor_parallel_size: int = 0
 
 
 # What a process without an engine registers with.

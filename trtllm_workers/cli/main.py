@@ -29,6 +29,7 @@ COMMANDS = {
     "ps": "List runs and their processes.",
     "stop": "End a run, with everything it started.",
     "slurm": "Run on SLURM: plan, run, status, stop, probe.",
+    "bench": "Measure a deployment, compare measurements, judge disaggregation.",
     "lint": "Check engine configs for TensorRT-LLM: keys, roles, pairs, memory.",
     "doctor": "Check this machine: what is there, what is missing, how to get it.",
     "env-audit": "Compare what the ranks of a run see around them; mark differences.",

@@ -248,6 +248,8 @@ def _worker(worker: Worker) -> dict[str, Any]:
         "max_seq_len": engine.max_seq_len,
         "streams_from_here": worker.in_flight,
     }
+    if engine.tensor_parallel_size:
+        shown["tensor_parallel_size"] = engine.tensor_parallel_size
     if engine.max_prompt_len:
         shown["max_prompt_len"] = engine.max_prompt_len
     if engine.loras:

@@ -140,6 +140,7 @@ class SimEngine:
             eos_token_ids=eos,
             capabilities=CAPABILITIES,
             layout=layout,
+            tensor_parallel_size=1,
         )
         pool = BlockPool(num_blocks)
         self._memory = map_pool(layout, num_blocks)

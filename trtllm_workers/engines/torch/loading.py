@@ -97,6 +97,7 @@ def load(
         layout=layout,
         device=str(plan.device),
         dtype=layout.dtype,
+        tensor_parallel_size=ranks.size,
     )
     any_num_threads = ranks.all(ForwardCheck(model, memory.block_size).threads_do_not_matter())
     loaded = Loaded(model, memory, info, deterministic, any_num_threads)

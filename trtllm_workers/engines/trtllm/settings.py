@@ -107,6 +107,7 @@ def engine_info(
         loras=tuple(options.loras),
         device="cuda",
         dtype=str(value("dtype", "auto")),
+        tensor_parallel_size=value("tensor_parallel_size", 1),
         kv_events=bool(value("kv_cache_config.event_buffer_max_size", 0))
         and value("kv_cache_config.enable_block_reuse", True),
     )

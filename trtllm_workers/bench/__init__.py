@@ -1,0 +1,1 @@
+"""Measures a deployment through HTTP, compares two measurements, judges aggregated against disaggregated."""

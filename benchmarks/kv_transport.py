@@ -4,6 +4,11 @@
     .venv/bin/python -m benchmarks.kv_transport ucx nixl tcp --in-order
     .venv/bin/python -m benchmarks.kv_transport ucx --block-kib 160 --mib 256 --runs 15
 
+Between two hosts, each command on its own, with a file that both see (or that is copied):
+
+    .venv/bin/python -m benchmarks.kv_transport ucx --host 10.0.0.1 --own card        # ends with Ctrl-C
+    .venv/bin/python -m benchmarks.kv_transport ucx --host 10.0.0.2 --read-from card
+
 Blocks are scattered at random on both sides, or with ``--in-order`` run side by side, as a pool that is
 not fragmented hands them out. Pools ask for huge pages, as the torch engine's does. Beside the transports stands one copy of the same blocks
 within this process (``memmove``, block by block and in one piece), measured before and after each
@@ -14,20 +19,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import mmap
 import multiprocessing
 import random
 import statistics
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
 
 from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.transfer.registry import TRANSPORTS, open_transport
-from trtllm_workers.types import KvLayout
+from trtllm_workers.types import KvLayout, TransportCard
 
 DEADLINE_S = 60.0
 HOST = "127.0.0.1"
+OWNERS = 7  # what each byte of the owner's pool is
 
 
 def make_pool(num_blocks: int, block_bytes: int, fill: int) -> KvPool:
@@ -51,15 +63,28 @@ def make_pool(num_blocks: int, block_bytes: int, fill: int) -> KvPool:
 def own(name: str, num_blocks: int, block_bytes: int, parent: Connection) -> None:
     """Own a pool until the parent hangs up."""
 
-    async def serve() -> None:
-        pool = make_pool(num_blocks, block_bytes, fill=7)
-        transport = open_transport(name, peer_id="owner", host=HOST, on_notify=lambda *_: None)
-        await transport.start(pool)
-        parent.send(transport.card())
+    async def until_the_end(card: TransportCard) -> None:
+        parent.send(card)
         await asyncio.to_thread(parent.poll, None)
-        await transport.close()
 
-    asyncio.run(serve())
+    asyncio.run(serve(name, num_blocks, block_bytes, HOST, until_the_end))
+
+
+async def serve(
+    name: str,
+    num_blocks: int,
+    block_bytes: int,
+    host: str,
+    until_the_end: Callable[[TransportCard], Awaitable[object]],
+) -> None:
+    """Own a pool until ``until_the_end`` ends; it is given the card."""
+    pool = make_pool(num_blocks, block_bytes, fill=OWNERS)
+    transport = open_transport(name, peer_id="owner", host=host, on_notify=lambda *_: None)
+    try:
+        await transport.start(pool)
+        await until_the_end(transport.card())
+    finally:
+        await transport.close()
 
 
 def copies_s(ours: KvPool, remote: list[int], local: list[int], runs: int) -> tuple[float, float]:
@@ -82,30 +107,30 @@ def copies_s(ours: KvPool, remote: list[int], local: list[int], runs: int) -> tu
 
 
 async def measure(
-    name: str, num_blocks: int, block_bytes: int, runs: int, *, in_order: bool
+    name: str,
+    num_blocks: int,
+    block_bytes: int,
+    runs: int,
+    *,
+    host: str,
+    card: Callable[[], Awaitable[TransportCard]],
+    in_order: bool,
 ) -> None:
-    """Print one row."""
-    context = multiprocessing.get_context("spawn")
-    parent, child = context.Pipe()
-    process = context.Process(target=own, args=(name, num_blocks, block_bytes, child))
-    process.start()
-    child.close()
+    """Print one row about reading from the owner of ``card``."""
     pool = make_pool(num_blocks, block_bytes, fill=0)
-    transport = open_transport(name, peer_id="reader", host=HOST, on_notify=lambda *_: None)
+    transport = open_transport(name, peer_id="reader", host=host, on_notify=lambda *_: None)
     remote, local = list(range(num_blocks)), list(range(num_blocks))
     if not in_order:
         random.Random(1).shuffle(remote)
         random.Random(2).shuffle(local)
     try:
         await transport.start(pool)
-        if not await asyncio.to_thread(parent.poll, DEADLINE_S):
-            raise TimeoutError(f"the owner's {name} transport did not start")
-        link = await transport.connect(parent.recv(), DEADLINE_S)
+        link = await transport.connect(await card(), DEADLINE_S)
         reads: list[float] = []
         writes: list[float] = []
         single: list[float] = []
         await link.read(remote, local, DEADLINE_S)
-        if bytes(pool.memory) != b"\x07" * len(pool.memory):
+        if bytes(pool.memory) != bytes([OWNERS]) * len(pool.memory):
             raise AssertionError(f"{name} read wrong bytes")
         before = copies_s(pool, remote, local, runs)
         for _ in range(runs):
@@ -133,11 +158,49 @@ async def measure(
         await link.close()
     finally:
         await transport.close()
+
+
+async def measure_here(
+    name: str, num_blocks: int, block_bytes: int, runs: int, *, in_order: bool
+) -> None:
+    """Print one row about reading from a process of this host."""
+    context = multiprocessing.get_context("spawn")
+    parent, child = context.Pipe()
+    process = context.Process(target=own, args=(name, num_blocks, block_bytes, child))
+    process.start()
+    child.close()
+
+    async def card() -> TransportCard:
+        if not await asyncio.to_thread(parent.poll, DEADLINE_S):
+            raise TimeoutError(f"the owner's {name} transport did not start")
+        told: TransportCard = parent.recv()
+        return told
+
+    try:
+        await measure(name, num_blocks, block_bytes, runs, host=HOST, card=card, in_order=in_order)
+    finally:
         parent.close()
         process.join(DEADLINE_S)
         if process.is_alive():
             process.kill()
             process.join()
+
+
+async def leave_card(path: Path, card: TransportCard) -> None:
+    """Leave the card in a file, which only we may read: whoever has it may read the pool."""
+
+    def write() -> None:
+        path.touch(mode=0o600)
+        path.write_bytes(msgspec.msgpack.encode(card))
+
+    await asyncio.to_thread(write)
+    print(f"{card.transport} serves; its card is in {path}", flush=True)
+    await asyncio.Event().wait()
+
+
+async def card_in(path: Path) -> TransportCard:
+    """Return the card of a file."""
+    return msgspec.msgpack.decode(await asyncio.to_thread(path.read_bytes), type=TransportCard)
 
 
 def main() -> None:
@@ -148,16 +211,30 @@ def main() -> None:
     parser.add_argument("--block-kib", type=int, default=32, help="size of a block, in KiB")
     parser.add_argument("--runs", type=int, default=11, help="reads of which the median is shown")
     parser.add_argument("--in-order", action="store_true", help="blocks side by side")
+    parser.add_argument("--host", default=HOST, help="between hosts: this one's address")
+    parser.add_argument("--own", type=Path, metavar="FILE", help="serve, and leave the card there")
+    parser.add_argument("--read-from", type=Path, metavar="FILE", help="read from who left it")
     chosen = parser.parse_args()
+    num_blocks, block_bytes = chosen.mib * 1024 // chosen.block_kib, chosen.block_kib * 1024
+    if chosen.own is not None:
+        until_the_end = partial(leave_card, chosen.own)
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(
+                serve(chosen.transports[0], num_blocks, block_bytes, chosen.host, until_the_end)
+            )
+        return
     print(
         f"{'':<28}{'read':>9}{'best':>9}{'write':>9}{'memmove':>10}{'whole':>9}"
         f"{'of it':>8}{'whole':>8}{'1 block':>10}"
     )
     print(f"{'transport':<6} wire{'GiB/s from here to whole':>60}{'ms':>29}")
     for name in chosen.transports:
-        num_blocks = chosen.mib * 1024 // chosen.block_kib
-        block_bytes = chosen.block_kib * 1024
-        asyncio.run(measure(name, num_blocks, block_bytes, chosen.runs, in_order=chosen.in_order))
+        sizes = (name, num_blocks, block_bytes, chosen.runs)
+        if chosen.read_from is None:
+            asyncio.run(measure_here(*sizes, in_order=chosen.in_order))
+            continue
+        card = partial(card_in, chosen.read_from)
+        asyncio.run(measure(*sizes, host=chosen.host, card=card, in_order=chosen.in_order))
 
 
 if __name__ == "__main__":

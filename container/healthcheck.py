@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Ask an ingress whether it is well, with nothing but Python: exit code 0 for HTTP 200, else 1.
 
-    trtllm-launch-health http://127.0.0.1:8000/health
+trtllm-launch-health http://127.0.0.1:8000/health
 """
 
 import http.client

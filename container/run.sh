@@ -10,7 +10,7 @@
 #   --framework NAME       trtllm (default), torch or cpu
 #   --target STAGE         as it was given to build.sh
 #   --name NAME            of the container
-#   --gpus all|none|LIST   default all; with --framework cpu none
+#   --gpus WHICH           all, none, or device=0,1; default all, with --framework cpu none
 #   --hf-cache DIR         Hugging Face's cache for the container; passes HF_TOKEN on, by name
 #   -v, --volume SRC:DST   repeatable
 #   -e, --env NAME=VALUE   repeatable; a NAME with TOKEN, SECRET or PASSWORD in it never shows its value
@@ -36,8 +36,8 @@ volumes=() variables=() words=()
 # A secret given as NAME=VALUE goes on by name: the command line of a process is for every user to read.
 add_variable() {
   local variable="${1%%=*}"
-  if [[ "$1" == *=* && "${variable^^}" =~ TOKEN|SECRET|PASSWORD ]]; then
-    export "$1"
+  if [[ "$1" =~ ^[A-Za-z_][A-Za-z0-9_]*= && "${variable^^}" =~ TOKEN|SECRET|PASSWORD ]]; then
+    export "$variable=${1#*=}"
     variables+=(--env "$variable")
   else
     variables+=(--env "$1")
@@ -110,11 +110,13 @@ command=("$engine" run)
 [[ -z "$name" ]] || command+=(--name "$name")
 case "$engine $gpus" in
   *" none") ;;
+  "docker device="*) command+=(--gpus "\"$gpus\"") ;; # in quotes of its own, or the comma ends the option
   docker*) command+=(--gpus "$gpus") ;;
-  podman*) # names devices as the NVIDIA container toolkit does
+  "podman all" | "podman device="*) # names devices as the NVIDIA container toolkit does
     IFS=, read -ra devices <<<"${gpus#device=}"
     for device in "${devices[@]}"; do command+=(--device "nvidia.com/gpu=$device"); done
     ;;
+  *) fail "--gpus $gpus: for $engine it is one of all, none, device=0,1" ;;
 esac
 # The host's network: RDMA devices, and ports of other hosts' choosing. An ingress listens on loopback until
 # HTTP_HOST says otherwise.

@@ -64,6 +64,7 @@ enter() { # enter FOLDER COMMAND...: as the image's user, with its entrypoint an
     set -euo pipefail
     ip link set lo up
     mount -t proc proc "$0/proc"
+    mount -t sysfs sysfs "$0/sys"
     mount --rbind /dev "$0/dev"
     mount -t tmpfs tmpfs "$0/dev/shm"
     exec chroot --userspec="$1" "$0" /usr/bin/env -i -C "$2" \
@@ -75,7 +76,8 @@ say "launchers and commands, from any folder"
 enter /workspace launch/disagg.sh --dry-run >/dev/null || fail "launch/disagg.sh --dry-run"
 enter /tmp launch/agg.sh --dry-run >/dev/null || fail "launch/agg.sh from another folder"
 enter /tmp --dry-run --http-port 9000 >/dev/null || fail "options alone"
-enter /home/launch /opt/trtllm-launch/bin/python -c 'import aetcd, mpi4py.MPI, nats, nixl_cu12._api, ucxx' ||
+# UCX before MPI: both bring libraries of one name.
+enter /home/launch /opt/trtllm-launch/bin/python -c 'import ucxx, nixl_cu12._api, mpi4py.MPI, nats, aetcd' ||
   fail "a package is missing"
 touched="$(enter / /bin/sh -c 'touch /workspace/x 2>&1 || true; id -u')"
 [[ "$touched" == *ermission*"${user%%:*}" ]] || fail "not run as a user without rights: $touched"
@@ -97,6 +99,7 @@ until inside trtllm-launch-health http://127.0.0.1:8000/ready 2>/dev/null; do
   ((SECONDS < deadline)) || { tail -20 "$scratch/served" && fail "not ready after 120 s"; }
   read -rt 0.2 _ <> <(:) || true # a moment, without a process
 done
+# shellcheck disable=SC2016 # as it stands in the Dockerfile
 inside /bin/sh -c 'exec trtllm-launch-health http://127.0.0.1:${HTTP_PORT:-${DYN_HTTP_PORT:-8000}}/health' || fail "the health check"
 answer="$(inside /opt/trtllm-launch/bin/python -c '
 import httpx

@@ -89,10 +89,9 @@ if [[ -z "$gpus" ]]; then gpus=all && [[ "$framework" != cpu ]] || gpus=none; fi
 if [[ -n "$workspace" ]]; then
   terminal=yes
   ((${#words[@]})) || words=(bash)
-  # The image's environment with our sources before its own, and not a .venv of the host's in the checkout.
+  # The image's command with the checkout's sources, and not a .venv in the checkout, which is the host's.
   volumes+=(--volume "$root:/workspace")
-  variables+=(--env PYTHONPATH=/workspace)
-  [[ "$framework" == trtllm ]] || variables+=(--env TRTLLM_LAUNCH_VENV=/opt/trtllm-launch)
+  variables+=(--env PYTHONPATH=/workspace --env TRTLLM_LAUNCH_VENV=/usr/local)
   [[ -n "$hf_cache" || ! -d "${HOME:-}/.cache/huggingface" ]] || hf_cache="$HOME/.cache/huggingface"
 fi
 if [[ -n "$hf_cache" && "$hf_cache" != none ]]; then

@@ -34,6 +34,7 @@ class Bench:
         self._calls = path / "calls"
         self.home = path / "home"
         self.home.mkdir()
+        self.cwd = path
 
     def install(self, *engines: str) -> None:
         for engine in engines:
@@ -41,16 +42,14 @@ class Bench:
             fake.write_text(_FAKE)
             fake.chmod(0o755)
 
-    def run(
-        self, script: str, *words: str, cwd: Path | None = None, **environ: str
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
         self._calls.unlink(missing_ok=True)
         return subprocess.run(
             [str(FOLDER / script), *words],
             capture_output=True,
             text=True,
             timeout=30,
-            cwd=cwd,
+            cwd=self.cwd,
             env={
                 "PATH": str(self.bin),
                 "HOME": str(self.home),

@@ -113,9 +113,7 @@ def test_each_framework_stands_on_its_own_base(docker: Bench) -> None:
     assert cpu["BASE_IMAGE"] == f"{VERSIONS['BASE_IMAGE']}:{VERSIONS['BASE_IMAGE_TAG']}"
     assert "TRTLLM_BASE_IMAGE" not in cpu
     trtllm = build_args(docker.call("build.sh"))
-    assert (
-        trtllm["TRTLLM_BASE_IMAGE"] == f"{VERSIONS['TRTLLM_IMAGE']}:{VERSIONS['TRTLLM_VERSION']}"
-    )
+    assert trtllm["TRTLLM_BASE_IMAGE"] == f"{VERSIONS['TRTLLM_IMAGE']}:{VERSIONS['TRTLLM_VERSION']}"
     assert trtllm["TRTLLM_VERSION"] == VERSIONS["TRTLLM_VERSION"]
     assert "BASE_IMAGE" not in trtllm
 
@@ -196,10 +194,10 @@ def test_the_other_flags_reach_the_engine(docker: Bench, tmp_path: Path) -> None
     assert pairs(words, "--tag") == ["a", "b"]
 
 
-def test_the_command_is_the_same_from_any_folder(docker: Bench, tmp_path: Path) -> None:
+def test_the_command_is_the_same_from_any_folder(docker: Bench) -> None:
     here = docker.shown("build.sh")
-    there = docker.run("build.sh", "--dry-run", cwd=tmp_path)
-    assert there.stdout == here
+    docker.cwd = FOLDER
+    assert docker.shown("build.sh") == here
     assert f"--file {FOLDER / 'Dockerfile'}" in here
 
 

@@ -83,7 +83,7 @@ touched="$(enter / /bin/sh -c 'touch /workspace/x 2>&1 || true; id -u')"
 [[ "$touched" == *ermission*"${user%%:*}" ]] || fail "not run as a user without rights: $touched"
 
 say "serving disaggregated, KV moved by NIXL"
-enter /tmp /usr/bin/env KV_TRANSPORT=nixl launch/disagg.sh >"$scratch/served" 2>&1 &
+enter /tmp launch/disagg.sh --kv-transport nixl >"$scratch/served" 2>&1 &
 server=$!
 until [[ -n "${init:-}" && "$(readlink "/proc/$init/ns/pid")" != "$(readlink /proc/self/ns/pid)" ]]; do
   read -r init _ <"/proc/${init:-$server}/task/${init:-$server}/children" || true

@@ -1,0 +1,163 @@
+"""container/compose.yaml without an engine: its services on hosts of their own, from its own commands and checks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.harness import Process, Workbench
+from tests.e2e.hosts import Host, Network, needs_hosts, network
+from tests.shell.compose import FOLDER, services
+
+SCRIPTS = Path(sys.executable).parent
+pytestmark = [
+    needs_hosts,
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(shutil.which("etcd") is None, reason="apt-get install etcd-server"),
+    pytest.mark.skipif(shutil.which("etcdctl") is None, reason="apt-get install etcd-client"),
+    pytest.mark.skipif(shutil.which("wget") is None, reason="apt-get install wget"),
+]
+HEALTHY_TIMEOUT_S = 60.0
+
+
+class Composed:
+    """Services of the compose file, each started on a host that bears its name."""
+
+    def __init__(self, bench: Workbench, made: Network) -> None:
+        self._bench = bench
+        self._started: dict[str, Process] = {}
+        self._services = services(bench.path)
+        self.hosts = dict(zip(self._services, made.hosts, strict=True))
+        names = "".join(f"{host.address} {name}\n" for name, host in self.hosts.items())
+        for host in made.hosts:
+            with (Path("/etc/netns") / host.namespace / "hosts").open("a") as file:
+                file.write(names)
+
+    def host(self, name: str) -> Host:
+        return self.hosts[name]
+
+    def _words(self, words: list[str]) -> list[str]:
+        """Return a command with this machine's paths for those inside the containers."""
+        inside = {
+            "trtllm-launch": str(SCRIPTS / "trtllm-launch"),
+            "nats-server": str(SCRIPTS / "nats-server"),
+            "trtllm-launch-health": str(FOLDER / "healthcheck.py"),
+            "--data-dir=/data": f"--data-dir={self._bench.path / 'etcd'}",
+            "/etc/nats/trtllm-launch.conf": str(self._bench.path / "nats.conf"),
+        }
+        return [inside.get(word, word) for word in words]
+
+    def environ(self, name: str, **more: str) -> dict[str, str]:
+        return {**self._bench.environ, **self._services[name].get("environment", {}), **more}
+
+    def start(self, name: str) -> Process:
+        """Start a service as the compose file has it."""
+        config = (FOLDER / "nats.conf").read_text()
+        (self._bench.path / "nats.conf").write_text(
+            config.replace("/data", str(self._bench.path / "nats"))
+        )
+        words = self._words(self._services[name]["command"])
+        process = self.host(name).start(words, self.environ(name), self._bench.path)
+        self._bench.started.append(process)
+        self._started[name] = process
+        return process
+
+    def _last_words(self) -> str:
+        for process in self._started.values():
+            process.signal(signal.SIGTERM)
+        for process in self._started.values():
+            process.wait_end()
+        ends = {name: process.lines[-25:] for name, process in self._started.items()}
+        return "\n".join(f"== {name}\n" + "\n".join(lines) for name, lines in ends.items())
+
+    def wait_healthy(self, name: str) -> None:
+        """Ask by the service's own health check until it passes; its interval is for slower eyes."""
+        kind, *words = self._services[name]["healthcheck"]["test"]
+        assert kind == "CMD"
+        deadline = time.monotonic() + HEALTHY_TIMEOUT_S
+        while (said := self._check(name, words)) is not None:
+            if time.monotonic() > deadline:
+                pytest.fail(f"{name} is not healthy: {said}\n{self._last_words()}")
+            threading.Event().wait(0.2)
+
+    def _check(self, name: str, words: list[str]) -> str | None:
+        """Return what a health check that failed said; None: it passed."""
+        environ = self.environ(name, ETCDCTL_API="3")  # the default of 3.5, not of Debian's 3.4
+        try:
+            self.host(name).run(self._words(words), environ)
+        except AssertionError as error:
+            return str(error)
+        return None
+
+    def ask(self, host: str, *words: str) -> str:
+        return self.host(host).run(["curl", "-sS", "-m", "30", *words], self._bench.environ)
+
+
+@pytest.fixture
+def composed(bench: Workbench) -> Iterator[Composed]:
+    with network(7) as made:
+        yield Composed(bench, made)
+
+
+def test_the_health_checks_fail_before_and_pass_after_a_start(composed: Composed) -> None:
+    for name in ("etcd", "nats"):
+        words = composed._words(composed._services[name]["healthcheck"]["test"][1:])
+        with pytest.raises(AssertionError, match="ended with"):
+            composed.host(name).run(words, composed.environ(name, ETCDCTL_API="3"))
+        composed.start(name)
+        composed.wait_healthy(name)
+
+
+def test_the_whole_deployment_serves_and_drains(composed: Composed) -> None:
+    for name in ("etcd", "nats"):
+        composed.start(name)
+        composed.wait_healthy(name)
+    ours = {name: composed.start(name) for name in composed.hosts if name not in ("etcd", "nats")}
+    assert len(ours) == 5
+    composed.wait_healthy("ingress")
+    body: dict[str, Any] = {"model": "demo", "prompt": "What is prefill? " * 8, "max_tokens": 8}
+    words = ("-H", "content-type: application/json", "-d", json.dumps(body))
+    # From another host, as a published port reaches the ingress.
+    answer = json.loads(composed.ask("etcd", "http://ingress:8000/v1/completions", *words))
+    assert answer["usage"]["completion_tokens"] == 8
+    health = json.loads(composed.ask("ingress", "http://127.0.0.1:8000/health"))
+    assert {one["worker_id"] for one in health["workers"]} == set(ours) - {"ingress"}
+    metrics = composed.ask("ingress", "http://127.0.0.1:8000/metrics")
+    assert "prefill_fallbacks_total{cause" not in metrics
+    for process in ours.values():
+        process.popen.terminate()
+    for name, process in ours.items():
+        assert process.wait_end() == 0, f"{name}: {process.output}"
+
+
+def test_nats_lets_nobody_in_without_the_token(composed: Composed) -> None:
+    composed.start("nats")
+    composed.wait_healthy("nats")
+    program = (
+        "import asyncio, nats, sys\n"
+        "async def main():\n"
+        "    async def ignore(error): pass\n"
+        "    try:\n"
+        "        link = await nats.connect('nats://nats:4222', token=sys.argv[1], error_cb=ignore,\n"
+        "            connect_timeout=5, max_reconnect_attempts=1, allow_reconnect=False)\n"
+        "    except nats.errors.Error as error:\n"
+        "        return print('refused', error)\n"
+        "    print('in', (await link.jetstream().account_info()).streams)\n"
+        "    await link.close()\n"
+        "asyncio.run(main())\n"
+    )
+    token = composed.environ("prefill-0")["NATS_TOKEN"]
+    for given, said in ((token, "in 0"), ("wrong", "refused")):
+        printed = composed.host("prefill-0").run(
+            [sys.executable, "-c", program, given], composed.environ("ingress")
+        )
+        assert printed.startswith(said), printed

@@ -93,10 +93,10 @@ inside() { # inside COMMAND...: beside the server, as the image's user
   nsenter --target "$init" --pid --net --mount --ipc chroot --userspec="$user" "$image" /usr/bin/env -i \
     PATH=/usr/local/bin:/usr/bin:/bin HOME=/home/launch "$@"
 }
-deadline=$((SECONDS + 120))
+ready_s=$((SECONDS + 120))
 until inside trtllm-launch-health http://127.0.0.1:8000/ready 2>/dev/null; do
   kill -0 "$server" 2>/dev/null || { tail -20 "$scratch/served" && fail "it ended before it was ready"; }
-  ((SECONDS < deadline)) || { tail -20 "$scratch/served" && fail "not ready after 120 s"; }
+  ((SECONDS < ready_s)) || { tail -20 "$scratch/served" && fail "not ready after 120 s"; }
   read -rt 0.2 _ <> <(:) || true # a moment, without a process
 done
 # shellcheck disable=SC2016 # as it stands in the Dockerfile
@@ -106,7 +106,7 @@ import httpx
 body = {"model": "demo", "temperature": 0, "messages": [{"role": "user", "content": "What is prefill?"}]}
 print(httpx.post("http://127.0.0.1:8000/v1/chat/completions", json=body, timeout=60).raise_for_status()
     .json()["choices"][0]["message"]["content"])
-workers = httpx.get("http://127.0.0.1:8000/health", timeout=9).json()["workers"]
+workers = httpx.get("http://127.0.0.1:8000/health", timeout=9).json()["models"]["demo"]["workers"]
 assert {worker["kv_transport"] for worker in workers} == {"nixl"}, workers
 ')" || fail "it does not answer as it should"
 say "it answers: $answer"

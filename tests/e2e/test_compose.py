@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -24,6 +25,7 @@ pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.skipif(shutil.which("etcd") is None, reason="apt-get install etcd-server"),
     pytest.mark.skipif(shutil.which("etcdctl") is None, reason="apt-get install etcd-client"),
+    pytest.mark.skipif(shutil.which("tini") is None, reason="apt-get install tini"),
     pytest.mark.skipif(shutil.which("wget") is None, reason="apt-get install wget"),
 ]
 HEALTHY_TIMEOUT_S = 60.0
@@ -66,16 +68,30 @@ class Composed:
             config.replace("/data", str(self._bench.path / "nats"))
         )
         words = self._words(self._services[name]["command"])
+        # Processes, memory and init of its own, as in a container.
+        alone = ("unshare", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc")
+        words = [*alone, "tini", "-s", "--", *words]
         process = self.host(name).start(words, self.environ(name), self._bench.path)
         self._bench.started.append(process)
         self._started[name] = process
         return process
 
+    def stop(self, *names: str) -> dict[str, Process]:
+        """Send SIGTERM to process 1 of each container, as an engine does; return them ended."""
+        for name in names:
+            outside = self._started[name].popen.pid
+            children = Path(f"/proc/{outside}/task/{outside}/children").read_text().split()
+            for child in children:
+                os.kill(int(child), signal.SIGTERM)
+        for name in names:
+            self._started[name].wait_end()
+        return {name: self._started[name] for name in names}
+
+    def stop_all(self) -> None:
+        self.stop(*(name for name, one in self._started.items() if one.popen.poll() is None))
+
     def _last_words(self) -> str:
-        for process in self._started.values():
-            process.signal(signal.SIGTERM)
-        for process in self._started.values():
-            process.wait_end()
+        self.stop_all()
         ends = {name: process.lines[-25:] for name, process in self._started.items()}
         return "\n".join(f"== {name}\n" + "\n".join(lines) for name, lines in ends.items())
 
@@ -105,7 +121,11 @@ class Composed:
 @pytest.fixture
 def composed(bench: Workbench) -> Iterator[Composed]:
     with network(7) as made:
-        yield Composed(bench, made)
+        parts = Composed(bench, made)
+        try:
+            yield parts
+        finally:
+            parts.stop_all()
 
 
 def test_the_health_checks_fail_before_and_pass_after_a_start(composed: Composed) -> None:
@@ -121,8 +141,10 @@ def test_the_whole_deployment_serves_and_drains(composed: Composed) -> None:
     for name in ("etcd", "nats"):
         composed.start(name)
         composed.wait_healthy(name)
-    ours = {name: composed.start(name) for name in composed.hosts if name not in ("etcd", "nats")}
+    ours = [name for name in composed.hosts if name not in ("etcd", "nats")]
     assert len(ours) == 5
+    for name in ours:
+        composed.start(name)
     composed.wait_healthy("ingress")
     body: dict[str, Any] = {"model": "demo", "prompt": "What is prefill? " * 8, "max_tokens": 8}
     words = ("-H", "content-type: application/json", "-d", json.dumps(body))
@@ -130,13 +152,13 @@ def test_the_whole_deployment_serves_and_drains(composed: Composed) -> None:
     answer = json.loads(composed.ask("etcd", "http://ingress:8000/v1/completions", *words))
     assert answer["usage"]["completion_tokens"] == 8
     health = json.loads(composed.ask("ingress", "http://127.0.0.1:8000/health"))
-    assert {one["worker_id"] for one in health["workers"]} == set(ours) - {"ingress"}
+    workers = {one["worker_id"]: one for one in health["models"]["demo"]["workers"]}
+    assert set(workers) == set(ours) - {"ingress"}
     metrics = composed.ask("ingress", "http://127.0.0.1:8000/metrics")
     assert "prefill_fallbacks_total{cause" not in metrics
-    for process in ours.values():
-        process.popen.terminate()
-    for name, process in ours.items():
-        assert process.wait_end() == 0, f"{name}: {process.output}"
+    for name, process in composed.stop(*ours).items():
+        assert process.popen.returncode == 0, f"{name}: {process.output}"
+        assert "draining" in process.output
 
 
 def test_nats_lets_nobody_in_without_the_token(composed: Composed) -> None:

@@ -76,22 +76,26 @@ for number in "$uid" "$gid"; do
   [[ "$number" =~ ^[1-9][0-9]*$ ]] || fail "--uid and --gid are numbers above 0, not '$number': images do not run as root"
 done
 [[ -z "$pip_config" || -r "$pip_config" ]] || fail "--pip-config $pip_config: there is no such file to read"
-# Each framework has a base, and its stages know it by a name of their own.
-if [[ "$framework" == trtllm ]]; then
-  name="TRTLLM_BASE_IMAGE" default="$TRTLLM_IMAGE" default_tag="$TRTLLM_VERSION"
-else
-  name="BASE_IMAGE" default="$BASE_IMAGE" default_tag="$BASE_IMAGE_TAG"
-fi
 if [[ "${base##*/}" == *[:@]* && -n "$base_tag" ]]; then
   fail "--base-image $base has a tag already, and --base-image-tag gives another"
 fi
 # A base of one's own without a tag is the engine's to complete (`latest`); ours has the tag of versions.env.
+case "$framework" in
+  trtllm) default="$TRTLLM_IMAGE" default_tag="$TRTLLM_VERSION" ;;
+  *) default="$BASE_IMAGE" default_tag="$BASE_IMAGE_TAG" ;;
+esac
 [[ -n "$base" || -n "$base_tag" ]] || base_tag="$default_tag"
 base="${base:-$default}"
 case "$base_tag" in
   "") ;;
   sha256:*) base+="@$base_tag" ;;
   *) base+=":$base_tag" ;;
+esac
+# Engines want a name for every FROM, also of stages that they do not build.
+bases=("BASE_IMAGE=$BASE_IMAGE:$BASE_IMAGE_TAG" "TRTLLM_BASE_IMAGE=$TRTLLM_IMAGE:$TRTLLM_VERSION")
+case "$framework" in
+  trtllm) bases[1]="TRTLLM_BASE_IMAGE=$base" ;;
+  *) bases[0]="BASE_IMAGE=$base" ;;
 esac
 
 target="${target:-$framework}"
@@ -117,7 +121,7 @@ esac
 if [[ "$framework" != trtllm ]]; then
   command+=(--build-arg "UCXX_VERSION=$UCXX_VERSION" --build-arg "NIXL_VERSION=$NIXL_VERSION")
 fi
-command+=(--build-arg "$name=$base" --build-arg "PIP_VERSION=$PIP_VERSION")
+command+=(--build-arg "${bases[0]}" --build-arg "${bases[1]}" --build-arg "PIP_VERSION=$PIP_VERSION")
 command+=(--build-arg "TRTLLM_LAUNCH_VERSION=$TRTLLM_LAUNCH_VERSION" --build-arg "REVISION=$revision")
 command+=(--build-arg "USER_UID=$uid" --build-arg "USER_GID=$gid")
 command+=("${given_args[@]}" "${extra[@]}" "$root")

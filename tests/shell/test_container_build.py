@@ -109,13 +109,18 @@ def test_an_unknown_framework_is_refused(docker: Bench) -> None:
 
 
 def test_each_framework_stands_on_its_own_base(docker: Bench) -> None:
-    cpu = build_args(docker.call("build.sh", "--framework", "cpu"))
-    assert cpu["BASE_IMAGE"] == f"{VERSIONS['BASE_IMAGE']}:{VERSIONS['BASE_IMAGE_TAG']}"
-    assert "TRTLLM_BASE_IMAGE" not in cpu
-    trtllm = build_args(docker.call("build.sh"))
-    assert trtllm["TRTLLM_BASE_IMAGE"] == f"{VERSIONS['TRTLLM_IMAGE']}:{VERSIONS['TRTLLM_VERSION']}"
-    assert trtllm["TRTLLM_VERSION"] == VERSIONS["TRTLLM_VERSION"]
-    assert "BASE_IMAGE" not in trtllm
+    ours = f"{VERSIONS['BASE_IMAGE']}:{VERSIONS['BASE_IMAGE_TAG']}"
+    nvidias = f"{VERSIONS['TRTLLM_IMAGE']}:{VERSIONS['TRTLLM_VERSION']}"
+    for framework, bases in (
+        ("cpu", ("mine", nvidias)),
+        ("torch", ("mine", nvidias)),
+        ("trtllm", (ours, "mine")),
+    ):
+        # Engines want a name for every FROM, also of stages that they do not build.
+        given = build_args(docker.call("build.sh", "--target", framework))
+        assert (given["BASE_IMAGE"], given["TRTLLM_BASE_IMAGE"]) == (ours, nvidias)
+        given = build_args(docker.call("build.sh", "--target", framework, "--base-image", "mine"))
+        assert (given["BASE_IMAGE"], given["TRTLLM_BASE_IMAGE"]) == bases
 
 
 @pytest.mark.parametrize(

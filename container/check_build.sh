@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Build the image `cpu` for real and serve from it, without a container engine's daemon and without a registry.
+# Build the image `cpu` for real and serve from it, and `trtllm` on a stand-in for NVIDIA's image, without a
+# container engine's daemon and without a registry.
 #
 #   sudo container/check_build.sh
 #   sudo container/check_build.sh --pip-config my.conf --build-arg TORCH_CPU=torch==2.13.0 -- --volume /wheels:/wheels:ro
 #
 # Words are passed to build.sh. Debian and Python packages come from wherever apt and pip get them. Needs root,
-# and of Debian: buildah debootstrap tini iproute2. Takes minutes and 6 GB in TMPDIR, which it gives back.
+# and of Debian: buildah debootstrap tini iproute2. Takes 4 minutes and 6 GB in TMPDIR, which it gives back.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)"
@@ -40,6 +41,17 @@ buildah add --quiet "$base" "$scratch/debian" / >/dev/null
 buildah commit --quiet --rm "$base" localhost/debian:check >/dev/null
 rm -rf -- "$scratch/debian"
 
+# What also holds for other builds: pip's configuration, and words for the engine.
+common=() engine_words=()
+words=("$@")
+while ((${#words[@]})); do
+  case "${words[0]}" in
+    --pip-config) common=(--secret "id=pip_config,src=${words[1]}") ;;
+    --) engine_words=("${words[@]:1}") && break ;;
+  esac
+  words=("${words[@]:1}")
+done
+
 say "building"
 started="$SECONDS"
 build=("$root/container/build.sh" --engine buildah --framework cpu --base-image localhost/debian:check --tag localhost/check)
@@ -49,8 +61,10 @@ started="$SECONDS"
 "${build[@]}" "$@" >"$scratch/log" 2>&1 || fail "the second build"
 say "built again from its layers in $((SECONDS - started)) s"
 
-container="$(buildah from localhost/check)"
-image="$(buildah mount "$container")"
+open_image() { # open_image NAME: sets image, a folder
+  image="$(buildah mount "$(buildah from "$1")")"
+}
+open_image localhost/check
 setting() { buildah inspect --format "{{.Docker.Config.$1}}" --type image localhost/check; }
 user="$(setting User)"
 [[ "$user" == [1-9]*:[1-9]* ]] || fail "the image's user is '$user', not a number other than root's"
@@ -126,4 +140,25 @@ server=""
 [[ "$status" == 0 ]] || { tail -20 "$scratch/served" && fail "exit code $status after TERM"; }
 grep -q draining "$scratch/served" || fail "it did not drain"
 say "TERM: drained and ended with 0 within $((SECONDS - started + 1)) s; no process, no zombie left"
+
+say "building trtllm on a stand-in for NVIDIA's image, with NIXL and without"
+stand_in() { # stand_in NAME [WORDS]
+  buildah build --quiet --format docker --build-arg BASE_IMAGE=localhost/debian:check --build-arg TRTLLM_VERSION=1.2.1 \
+    "${common[@]}" "${engine_words[@]}" --tag "localhost/$1" "${@:2}" "$root/tests/fakes/release_image" >"$scratch/log" 2>&1 ||
+    { tail -20 "$scratch/log" && fail "the stand-in"; }
+}
+trtllm=("$root/container/build.sh" --engine buildah --framework trtllm --tag localhost/check-trtllm --build-arg TRTLLM_VERSION=1.2.1)
+stand_in release
+"${trtllm[@]}" --base-image localhost/release -- "${common[@]}" "${engine_words[@]}" >"$scratch/log" 2>&1 ||
+  { tail -40 "$scratch/log" && fail "build.sh --framework trtllm"; }
+open_image localhost/check-trtllm
+shown="$(enter /tmp launch/disagg.sh --engine sim --dry-run 2>"$scratch/log")" || fail "launch/disagg.sh --dry-run"
+[[ "$shown" != *banner* && "$(<"$scratch/log")" == *banner* ]] || fail "NVIDIA's banner is not where it belongs"
+kept="$(enter / python3 -c 'import fastapi, numpy, aetcd, nats; print(numpy.__version__, fastapi.__version__)' 2>/dev/null)"
+[[ "$kept" == "1.26.4 0.121.3" ]] || fail "packages of the image were replaced: $kept"
+stand_in without-nixl --build-arg NIXL=libs/nothing
+if "${trtllm[@]}" --base-image localhost/without-nixl -- "${common[@]}" "${engine_words[@]}" >"$scratch/log" 2>&1; then
+  fail "it was built without NIXL"
+fi
+grep -q "NIXL itself is missing" "$scratch/log" || { tail -20 "$scratch/log" && fail "no reason for the end"; }
 say "passed"

@@ -152,7 +152,7 @@ stand_in release
 "${trtllm[@]}" --base-image localhost/release -- "${common[@]}" "${engine_words[@]}" >"$scratch/log" 2>&1 ||
   { tail -40 "$scratch/log" && fail "build.sh --framework trtllm"; }
 open_image localhost/check-trtllm
-shown="$(enter /tmp launch/disagg.sh --engine sim --dry-run 2>"$scratch/log")" || fail "launch/disagg.sh --dry-run"
+shown="$(enter /tmp launch/disagg.sh --engine sim --kv-transport tcp --dry-run 2>"$scratch/log")" || { cat "$scratch/log" && fail "launch/disagg.sh --dry-run in trtllm"; }
 [[ "$shown" != *banner* && "$(<"$scratch/log")" == *banner* ]] || fail "NVIDIA's banner is not where it belongs"
 kept="$(enter / python3 -c 'import fastapi, numpy, aetcd, nats; print(numpy.__version__, fastapi.__version__)' 2>/dev/null)"
 [[ "$kept" == "1.26.4 0.121.3" ]] || fail "packages of the image were replaced: $kept"

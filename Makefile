@@ -39,7 +39,7 @@ types: .venv/.dev ; $(PY)/mypy
 layers: .venv/.dev ; $(PY)/lint-imports
 shell: .venv/.dev
 	$(PY)/shellcheck -x launch/*.sh container/*.sh .ci/run && $(PY)/shfmt -i 2 -ci -d launch container .ci/run
-	$(PY)/hadolint container/Dockerfile
+	$(PY)/hadolint container/Dockerfile tests/fakes/release_image/Dockerfile
 format: .venv/.dev ## rewrite files in place
 	$(PY)/ruff format . && $(PY)/ruff check --fix . && $(PY)/shfmt -i 2 -ci -w launch container .ci/run
 

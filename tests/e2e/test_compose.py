@@ -37,8 +37,8 @@ class Composed:
     def __init__(self, bench: Workbench, made: Network) -> None:
         self._bench = bench
         self._started: dict[str, Process] = {}
-        self._services = services(bench.path)
-        self.hosts = dict(zip(self._services, made.hosts, strict=True))
+        self.services = services(bench.path)
+        self.hosts = dict(zip(self.services, made.hosts, strict=True))
         names = "".join(f"{host.address} {name}\n" for name, host in self.hosts.items())
         for host in made.hosts:
             with (Path("/etc/netns") / host.namespace / "hosts").open("a") as file:
@@ -47,7 +47,7 @@ class Composed:
     def host(self, name: str) -> Host:
         return self.hosts[name]
 
-    def _words(self, words: list[str]) -> list[str]:
+    def words(self, words: list[str]) -> list[str]:
         """Return a command with this machine's paths for those inside the containers."""
         inside = {
             "trtllm-launch": str(SCRIPTS / "trtllm-launch"),
@@ -59,7 +59,7 @@ class Composed:
         return [inside.get(word, word) for word in words]
 
     def environ(self, name: str, **more: str) -> dict[str, str]:
-        return {**self._bench.environ, **self._services[name].get("environment", {}), **more}
+        return {**self._bench.environ, **self.services[name].get("environment", {}), **more}
 
     def start(self, name: str) -> Process:
         """Start a service as the compose file has it."""
@@ -67,7 +67,7 @@ class Composed:
         (self._bench.path / "nats.conf").write_text(
             config.replace("/data", str(self._bench.path / "nats"))
         )
-        words = self._words(self._services[name]["command"])
+        words = self.words(self.services[name]["command"])
         # Processes, memory and init of its own, as in a container.
         alone = ("unshare", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc")
         words = [*alone, "tini", "-s", "--", *words]
@@ -97,7 +97,7 @@ class Composed:
 
     def wait_healthy(self, name: str) -> None:
         """Ask by the service's own health check until it passes; its interval is for slower eyes."""
-        kind, *words = self._services[name]["healthcheck"]["test"]
+        kind, *words = self.services[name]["healthcheck"]["test"]
         assert kind == "CMD"
         deadline = time.monotonic() + HEALTHY_TIMEOUT_S
         while (said := self._check(name, words)) is not None:
@@ -109,7 +109,7 @@ class Composed:
         """Return what a health check that failed said; None: it passed."""
         environ = self.environ(name, ETCDCTL_API="3")  # the default of 3.5, not of Debian's 3.4
         try:
-            self.host(name).run(self._words(words), environ)
+            self.host(name).run(self.words(words), environ)
         except AssertionError as error:
             return str(error)
         return None
@@ -130,7 +130,7 @@ def composed(bench: Workbench) -> Iterator[Composed]:
 
 def test_the_health_checks_fail_before_and_pass_after_a_start(composed: Composed) -> None:
     for name in ("etcd", "nats"):
-        words = composed._words(composed._services[name]["healthcheck"]["test"][1:])
+        words = composed.words(composed.services[name]["healthcheck"]["test"][1:])
         with pytest.raises(AssertionError, match="ended with"):
             composed.host(name).run(words, composed.environ(name, ETCDCTL_API="3"))
         composed.start(name)

@@ -40,6 +40,7 @@ layers: .venv/.dev ; $(PY)/lint-imports
 shell: .venv/.dev
 	$(PY)/shellcheck -x launch/*.sh multinode/*.sh multinode/*.sbatch benchmarks/*.sh container/*.sh tests/slurm/*.sh .ci/run
 	$(PY)/shfmt -i 2 -ci -d launch multinode benchmarks container tests/slurm .ci/run
+	$(PY)/hadolint container/Dockerfile tests/fakes/release_image/Dockerfile
 format: .venv/.dev ## rewrite files in place
 	$(PY)/ruff format . && $(PY)/ruff check --fix .
 	$(PY)/shfmt -i 2 -ci -w launch multinode benchmarks container tests/slurm .ci/run

@@ -52,4 +52,4 @@ class _Verbs(click.Group):
     epilog="First steps: trtllm-launch slurm probe, then slurm plan; the guide is multinode/README.md.",
 )
 def command() -> None:
-    """Run on a SLURM cluster."""
+    """Run on SLURM: plan, run, status, stop, probe."""

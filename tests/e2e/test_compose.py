@@ -157,11 +157,15 @@ def test_the_whole_deployment_serves_and_drains(composed: Composed) -> None:
     for name in ours:
         composed.start(name)
     composed.wait_healthy("ingress")
-    body: dict[str, Any] = {"model": "demo", "prompt": "What is prefill? " * 8, "max_tokens": 8}
+    body: dict[str, Any] = {
+        "model": "demo",
+        "temperature": 0,
+        "messages": [{"role": "user", "content": "What is prefill?"}],
+    }
     words = ("-H", "content-type: application/json", "-d", json.dumps(body))
     # From another host, as a published port reaches the ingress.
-    answer = json.loads(composed.ask("etcd", "http://ingress:8000/v1/completions", *words))
-    assert answer["usage"]["completion_tokens"] == 8
+    answer = json.loads(composed.ask("etcd", "http://ingress:8000/v1/chat/completions", *words))
+    assert "KV cache" in answer["choices"][0]["message"]["content"]
     composed.wait_workers({*ours} - {"ingress"})
     metrics = composed.ask("ingress", "http://127.0.0.1:8000/metrics")
     assert "prefill_fallbacks_total{cause" not in metrics

@@ -6,7 +6,7 @@
 #   sudo container/check_build.sh --pip-config my.conf --build-arg TORCH_CPU=torch==2.13.0 -- --volume /wheels:/wheels:ro
 #
 # Words are passed to build.sh. Debian and Python packages come from wherever apt and pip get them. Needs root,
-# and of Debian: buildah debootstrap tini iproute2. Takes 4 minutes and 6 GB in TMPDIR, which it gives back.
+# and of Debian: buildah debootstrap iproute2. Takes 5 minutes and 6 GB in TMPDIR, which it gives back.
 set -euo pipefail
 
 root="$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)"

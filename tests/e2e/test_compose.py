@@ -76,6 +76,17 @@ class Composed:
         self._started[name] = process
         return process
 
+    def wait_workers(self, names: set[str]) -> None:
+        """Wait until the ingress has them all: it is healthy as soon as one chain is up."""
+        deadline = time.monotonic() + HEALTHY_TIMEOUT_S
+        while True:
+            health = json.loads(self.ask("ingress", "http://127.0.0.1:8000/health"))
+            there = {one["worker_id"] for one in health["models"]["demo"]["workers"]}
+            if there == names:
+                return
+            assert time.monotonic() < deadline, f"only {sorted(there)}\n{self._last_words()}"
+            threading.Event().wait(0.2)
+
     def stop(self, *names: str) -> dict[str, Process]:
         """Send SIGTERM to process 1 of each container, as an engine does; return them ended."""
         for name in names:
@@ -146,14 +157,16 @@ def test_the_whole_deployment_serves_and_drains(composed: Composed) -> None:
     for name in ours:
         composed.start(name)
     composed.wait_healthy("ingress")
-    body: dict[str, Any] = {"model": "demo", "prompt": "What is prefill? " * 8, "max_tokens": 8}
+    body: dict[str, Any] = {
+        "model": "demo",
+        "temperature": 0,
+        "messages": [{"role": "user", "content": "What is prefill?"}],
+    }
     words = ("-H", "content-type: application/json", "-d", json.dumps(body))
     # From another host, as a published port reaches the ingress.
-    answer = json.loads(composed.ask("etcd", "http://ingress:8000/v1/completions", *words))
-    assert answer["usage"]["completion_tokens"] == 8
-    health = json.loads(composed.ask("ingress", "http://127.0.0.1:8000/health"))
-    workers = {one["worker_id"]: one for one in health["models"]["demo"]["workers"]}
-    assert set(workers) == set(ours) - {"ingress"}
+    answer = json.loads(composed.ask("etcd", "http://ingress:8000/v1/chat/completions", *words))
+    assert "KV cache" in answer["choices"][0]["message"]["content"]
+    composed.wait_workers({*ours} - {"ingress"})
     metrics = composed.ask("ingress", "http://127.0.0.1:8000/metrics")
     assert "prefill_fallbacks_total{cause" not in metrics
     for name, process in composed.stop(*ours).items():

@@ -10,7 +10,9 @@ import contextlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,8 @@ from tests.contract.transports import (
 )
 from trtllm_workers.errors import TransferFailed, TransportUnavailable
 from trtllm_workers.transfer.base import KvPool
+
+Leftovers = tuple[int, Counter[str], Counter[str], set[str], int]
 
 # Peers that die or stand still
 
@@ -287,14 +291,29 @@ async def test_close_leaves_no_thread_socket_or_shared_memory(stage: Stage) -> N
         await transport.close()
         peer.end()
 
+    # One thread: else the loop makes more of them whenever two calls overlap.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
     await life()  # libraries may keep what they make once
     before = left_behind()
     await life()
-    after = left_behind()
-    assert after == before
+    deadline = time.monotonic() + SLACK_S
+    # The kernel lists a thread for a moment after it was joined.
+    while more := added(before, left_behind()):
+        assert time.monotonic() < deadline, more
+        await asyncio.sleep(0.01)
 
 
-def left_behind() -> tuple[int, list[str], list[str], set[str], int]:
+def added(before: Leftovers, after: Leftovers) -> list[str]:
+    """Return what there was not before."""
+    more = [*(after[1] - before[1]), *(after[2] - before[2]), *(after[3] - before[3])]
+    if after[0] > before[0]:
+        more.append(f"{after[0]} Python threads")
+    if after[4] > before[4]:
+        more.append(f"{after[4]} tasks")
+    return more
+
+
+def left_behind() -> Leftovers:
     """Return what this process has: Python threads, threads, sockets, shared memory, tasks."""
     files = []
     for number in os.listdir("/proc/self/fd"):
@@ -302,18 +321,19 @@ def left_behind() -> tuple[int, list[str], list[str], set[str], int]:
             files.append(os.readlink(f"/proc/self/fd/{number}"))
         except FileNotFoundError:
             continue
-    sockets = sorted(name.split(":")[0] for name in files if name.startswith(("socket", "anon")))
+    sockets = Counter(name.split(":")[0] for name in files if name.startswith(("socket", "anon")))
     shared = {
         line.split(maxsplit=5)[5]
         for line in Path("/proc/self/maps").read_text().splitlines()
         if "/dev/shm" in line or "SYSV" in line
     }
+    threads = []
+    for number in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            threads.append(Path(f"/proc/self/task/{number}/comm").read_text())
     return (
         threading.active_count(),
-        sorted(
-            Path(f"/proc/self/task/{number}/comm").read_text()
-            for number in os.listdir("/proc/self/task")
-        ),
+        Counter(threads),
         sockets,
         shared,
         len(asyncio.all_tasks()),

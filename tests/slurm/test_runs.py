@@ -78,6 +78,8 @@ def test_one_mpi_world_over_two_nodes(
         nodes = nodes_by_rank(mini_cluster, runs)
         assert nodes["worker-0", 0] != nodes["worker-0", 1]
         assert nodes["worker-0", 0] == nodes["ingress", 0]
+        shown = mini_cluster.run([str(CLI), "slurm", "status", "--run-dir", str(runs)]).stdout
+        assert "following: rank 0" in shown
         assert driver.interrupt() == 130
     wait_until_clean(mini_cluster, mini_cluster.nodes)
     assert only_history(runs)

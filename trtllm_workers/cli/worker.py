@@ -169,7 +169,7 @@ def command(dry_run: bool, **values: Any) -> int:
     from trtllm_workers.config.settings import show_settings
     from trtllm_workers.deploy.names import worker_options
     from trtllm_workers.deploy.prepare import prepare_worker
-    from trtllm_workers.observe.status import StatusFile
+    from trtllm_workers.observe.status import StatusFile, rank_status
     from trtllm_workers.types import Role
 
     environ = apply_rank_environment()
@@ -197,6 +197,8 @@ def command(dry_run: bool, **values: Any) -> int:
     if rank > 0:
         facts_file(status_file, environ, role, rank).write("start")
         begin_logs(f"{worker_id} rank {rank}", settings)
+        if status_file is not None:
+            StatusFile(rank_status(status_file, rank)).report("following", detail="rank 0")
         follow(settings, engine_config, extra)
         return 0
     warn_alone((*settings.warnings, *prepared.notes), environ)

@@ -5,6 +5,7 @@
     starting ──▶ model n % ──▶ registering ──▶ registered ──▶ draining      a worker
                                     └──▶ pairing ──▶┘                       only a decode worker
     starting ──▶ listening ──▶ draining                                     the ingress
+    starting ──▶ following                                                  a rank beside the leader
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from typing import Literal
 
 import msgspec
 
-Step = Literal["starting", "model", "registering", "pairing", "registered", "listening", "draining"]
+Step = Literal[
+    "starting",
+    "model",
+    "registering",
+    "pairing",
+    "registered",
+    "listening",
+    "draining",
+    "following",
+]
 
 # Loading reports every tensor; a reader that looks ten times a second gains nothing from more.
 _SMALLEST_ADVANCE = 0.01
@@ -115,6 +125,11 @@ class StatusFile:
             return False
         self._last = status
         return True
+
+
+def rank_status(path: Path, rank: int) -> Path:
+    """Return where a rank beside the leader reports, given where the leader does."""
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 def read_status(path: Path) -> Status | None:

@@ -25,7 +25,7 @@ from trtllm_workers.deploy.slurm.plan import SlurmPlan
 from trtllm_workers.deploy.slurm.preflight import QUESTIONS, Questions
 from trtllm_workers.deploy.slurm.steps import unset_for_srun
 from trtllm_workers.errors import ConfigError, StartError
-from trtllm_workers.observe.status import Status, read_status
+from trtllm_workers.observe.status import Status, rank_status, read_status
 
 _ASK_TIMEOUT_S = 10.0
 _CLEAR_TIMEOUT_S = 20.0
@@ -163,6 +163,8 @@ class JobSite(Site):
         for rank in range(len(process.nodes) * process.ranks_per_node):
             with contextlib.suppress(OSError):
                 records.rank_path(self._folder, process.name, rank).unlink()
+            with contextlib.suppress(OSError):
+                rank_status(process.status, rank).unlink()
         states = await self.node_states(process.nodes)
         lost = {node: state for node, state in states.items() if _IS_LOST.search(state)}
         return ", ".join(f"node {_in_words(node, state)}" for node, state in lost.items())

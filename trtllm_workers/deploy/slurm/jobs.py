@@ -17,7 +17,7 @@ from trtllm_workers.deploy.slurm.command import run_command
 from trtllm_workers.deploy.slurm.hostlist import compress
 from trtllm_workers.deploy.slurm.submit import job_state
 from trtllm_workers.errors import ConfigError
-from trtllm_workers.observe.status import read_status
+from trtllm_workers.observe.status import rank_status, read_status
 
 _LOOK_S = 0.2
 _CLOSING_S = 30.0
@@ -90,7 +90,7 @@ def _rows(one: JobRun) -> list[tuple[str, str, str, str, str]]:
             found = records.read(
                 records.rank_path(one.folder.path, part.name, rank), records.RankRecord
             )
-            own = read_status(one.folder.status(f"{part.name}.rank{rank}")) if rank else status
+            own = read_status(rank_status(one.folder.status(part.name), rank)) if rank else status
             if own is not None and found is not None:
                 step = step_in_words(own)
             elif found is not None:

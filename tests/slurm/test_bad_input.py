@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -144,13 +145,24 @@ def test_a_port_that_is_taken_on_the_head_node(mini_cluster: MiniCluster, runs: 
 
 
 def test_an_image_on_a_cluster_with_containers_is_passed_to_every_step(
-    mini_cluster: MiniCluster, runs: Path
+    mini_cluster: MiniCluster, runs: Path, tmp_path: Path
 ) -> None:
     """The stand-in of pyxis takes its options and contains nothing, so the software is the nodes' own."""
-    image = {"IMAGE": "registry/with space:1", "IMAGE_PYTHON": str(CLI.with_name("python"))}
+    enroot, removed = tmp_path / "bin" / "enroot", tmp_path / "removed"
+    enroot.parent.mkdir()
+    enroot.write_text(f'#!/bin/sh\nhostname >> {removed}\necho "$@" >> {removed}\n')
+    enroot.chmod(0o755)
+    path = f"{enroot.parent}:{os.environ['PATH']}"
+    image = {
+        "PATH": path,
+        "IMAGE": "registry/with space:1",
+        "IMAGE_PYTHON": str(CLI.with_name("python")),
+    }
     with started(mini_cluster, runs, AGGREGATED, *FREE, nodes=1, **image) as driver:
         assert completion(driver.url(), "What is a handoff?")
+        job_id = driver.text.split(" in job ", 1)[1].split(":")[0]
         assert driver.interrupt() == 130
+    assert f"remove -f pyxis_trtllm-launch-{job_id} " in removed.read_text(), "once the job is done"
     assert left_on(mini_cluster, mini_cluster.nodes) == []
 
 

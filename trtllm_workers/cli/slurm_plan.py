@@ -27,7 +27,7 @@ def command(show_config: bool, **values: Any) -> int:
         plan_job,
         prepare_job,
     )
-    from trtllm_workers.deploy.slurm.script import job_script
+    from trtllm_workers.deploy.slurm.script import job_script, known_cluster
     from trtllm_workers.deploy.slurm.text import as_text
 
     environ = environment()
@@ -50,6 +50,6 @@ def command(show_config: bool, **values: Any) -> int:
     script = ""
     if allocation is None:
         words = words_of(click.get_current_context(), values)
-        script = job_script(job, folder, words, environ)
+        script = job_script(job, folder, words, environ, profile=known_cluster(job))
     print(as_text(made, script))
     return 0

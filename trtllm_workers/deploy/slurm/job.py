@@ -246,16 +246,12 @@ class JobSite(Site):
         ]
         if not nodes:
             return
-        words = [
-            f"--nodelist={','.join(nodes)}"
-            if word.startswith("--nodelist=")
-            else f"--nodes={len(nodes)}"
-            if word.startswith("--nodes=")
-            else f"--ntasks={len(nodes)}"
-            if word.startswith("--ntasks=")
-            else word
-            for word in self._made.clear
-        ]
+        if self._made.forget:
+            with contextlib.suppress(OSError, TimeoutError, StartError):
+                await self._run(
+                    _only_on(self._made.forget, nodes), Path(os.devnull), _CLEAR_TIMEOUT_S
+                )
+        words = _only_on(self._made.clear, nodes)
         with contextlib.suppress(OSError, TimeoutError, StartError):
             status = await self._run(words, self._made.plan.log_dir / "clear.log", _CLEAR_TIMEOUT_S)
             if status == 0:
@@ -432,6 +428,20 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             async with asyncio.timeout(_END_WAIT_S):
                 await process.wait()
                 return
+
+
+def _only_on(words: Sequence[str], nodes: Sequence[str]) -> list[str]:
+    """Return a step of one task on each node for fewer nodes."""
+    instead = {
+        "--nodelist": ",".join(nodes),
+        "--nodes": str(len(nodes)),
+        "--ntasks": str(len(nodes)),
+    }
+    found = []
+    for word in words:
+        name, equals, _ = word.partition("=")
+        found.append(f"{name}={instead[name]}" if equals and name in instead else word)
+    return found
 
 
 def _in_words(node: str, state: str) -> str:

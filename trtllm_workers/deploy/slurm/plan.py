@@ -50,7 +50,7 @@ class SlurmPlan:
     """A plan whose processes are sruns; ``specs`` are what their tasks execute, by name.
 
     ``preflight`` is the srun that looks at every node first, ``clear`` the one that clears them in the
-    end, without its nodes, which come in front.
+    end; ``forget`` removes the unpacked image there, () without one.
     """
 
     plan: Plan
@@ -59,6 +59,7 @@ class SlurmPlan:
     specs: Mapping[str, TaskSpec]
     preflight: tuple[str, ...]
     clear: tuple[str, ...]
+    forget: tuple[str, ...]
     parts: tuple[Part, ...]
     container: Container
     settings: Settings
@@ -238,11 +239,32 @@ def make_slurm_plan(
         specs=specs,
         preflight=every_node("preflight", _PREFLIGHT, (), first=True),
         clear=every_node("clear", _TASK, ("--clear",), first=False),
+        forget=_forget(container, allocation, job_nodes, folder.run_id, more),
         parts=tuple(parts),
         container=container,
         settings=settings,
         slurm=slurm,
         files=files,
+    )
+
+
+def _forget(
+    container: Container,
+    allocation: Allocation,
+    nodes: tuple[str, ...],
+    run_id: str,
+    more: Sequence[str],
+) -> tuple[str, ...]:
+    """Return the srun that removes the unpacked image; pyxis leaves that to whoever named it.
+
+    Where it keeps names per job the name has the job's id in front. Without enroot there is nothing to do.
+    """
+    if not container.image:
+        return ()
+    names = (f"pyxis_{container.name}", f"pyxis_{allocation.job_id}_{container.name}")
+    script = 'command -v enroot >/dev/null && enroot remove -f "$@" 2>/dev/null; true'
+    return srun_words(
+        Step("forget", nodes), ("sh", "-c", script, "sh", *names), run_id=run_id, more=more
     )
 
 

@@ -10,7 +10,9 @@ from trtllm_workers.config.options import LAUNCH_OPTIONS
 from trtllm_workers.config.slurm_options import SLURM_OPTIONS
 from trtllm_workers.deploy.run import RunFolder
 from trtllm_workers.deploy.slurm.directives import BatchJob, sbatch_text
+from trtllm_workers.deploy.slurm.picks import gpu_flags, pick_account
 from trtllm_workers.deploy.slurm.prepare import PreparedJob
+from trtllm_workers.deploy.slurm.profile import Profile, load, newest_profile
 from trtllm_workers.deploy.slurm.steps import split_words
 from trtllm_workers.worker.rank_env import is_secret, rank_variables
 
@@ -26,14 +28,14 @@ def job_script(
     words: Sequence[str],
     environ: Mapping[str, str],
     *,
-    gpu_flags: Sequence[str] = (),
-    account: str | None = None,
+    profile: Profile | None = None,
 ) -> str:
     """Return the script: directives, the variables that count, and this command again with ``words``.
 
-    Secrets are not in it: sbatch passes them on in the environment.
+    Secrets are not in it: sbatch passes them on in the environment. ``profile`` is what is known of the
+    cluster; without it GPUs are asked for as most clusters take it.
     """
-    return sbatch_text(batch_job(job, folder, words, environ, gpu_flags=gpu_flags, account=account))
+    return sbatch_text(batch_job(job, folder, words, environ, profile))
 
 
 def batch_job(
@@ -41,11 +43,9 @@ def batch_job(
     folder: RunFolder,
     words: Sequence[str],
     environ: Mapping[str, str],
-    *,
-    gpu_flags: Sequence[str] = (),
-    account: str | None = None,
+    profile: Profile | None = None,
 ) -> BatchJob:
-    """Return what is submitted."""
+    """Return what is submitted; ``profile`` is what is known of the cluster."""
     slurm = job.slurm
     extra = list(split_words(slurm.sbatch_args, "--sbatch-args"))
     if slurm.reservation:
@@ -53,8 +53,8 @@ def batch_job(
     return BatchJob(
         name=slurm.job_name or DEFAULT_NAME,
         num_nodes=job.layout.num_nodes,
-        gpu_flags=tuple(gpu_flags),
-        account=account or slurm.account,
+        gpu_flags=_gpu_flags(job, profile),
+        account=pick_account(profile, slurm.account) if profile else slurm.account,
         partition=slurm.partition,
         qos=slurm.qos,
         time_limit=slurm.time_limit,
@@ -72,6 +72,19 @@ def batch_job(
             *("--run-id", folder.run_id, *words),
         ),
     )
+
+
+def _gpu_flags(job: PreparedJob, profile: Profile | None) -> tuple[str, ...]:
+    gpus = job.layout.gpus_per_node
+    if not gpus:
+        return ()
+    return (f"--gpus-per-node={gpus}",) if profile is None else gpu_flags(profile, gpus)
+
+
+def known_cluster(job: PreparedJob) -> Profile | None:
+    """Return what ``slurm probe`` has kept of this cluster; None when nobody has probed."""
+    path = newest_profile(job.settings.run_dir)
+    return None if path is None else load(path)
 
 
 def output_of(folder: RunFolder) -> Path:

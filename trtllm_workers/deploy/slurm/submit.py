@@ -15,10 +15,8 @@ from pathlib import Path
 from trtllm_workers.config.env import child_environment
 from trtllm_workers.deploy.run import RunFolder
 from trtllm_workers.deploy.slurm.command import run_command
-from trtllm_workers.deploy.slurm.picks import gpu_flags, pick_account
 from trtllm_workers.deploy.slurm.prepare import PreparedJob
-from trtllm_workers.deploy.slurm.profile import Profile, load, newest_profile
-from trtllm_workers.deploy.slurm.script import job_script, output_of
+from trtllm_workers.deploy.slurm.script import job_script, known_cluster, output_of
 from trtllm_workers.deploy.slurm.steps import unset_for_srun
 from trtllm_workers.errors import EXIT_INTERRUPTED, ConfigError, StartError
 
@@ -54,15 +52,7 @@ async def submit(
 
     Raises ConfigError when SLURM refuses the job, StartError when it ends before it serves.
     """
-    profile = known_cluster(job)
-    script = job_script(
-        job,
-        folder,
-        words,
-        environ,
-        gpu_flags=_gpu_flags(job, profile),
-        account=pick_account(profile, job.slurm.account) if profile else None,
-    )
+    script = job_script(job, folder, words, environ, profile=known_cluster(job))
     job_id = await _sbatch(script, environ)
     output = output_of(folder)
     _say(
@@ -72,19 +62,6 @@ async def submit(
         _say(f"follow it: trtllm-launch slurm status {folder.run_id}")
         return 0
     return await _follow(folder, job_id, output)
-
-
-def known_cluster(job: PreparedJob) -> Profile | None:
-    """Return what ``slurm probe`` has kept of this cluster; None when nobody has probed."""
-    path = newest_profile(job.settings.run_dir)
-    return None if path is None else load(path)
-
-
-def _gpu_flags(job: PreparedJob, profile: Profile | None) -> tuple[str, ...]:
-    gpus = job.layout.gpus_per_node
-    if not gpus:
-        return ()
-    return (f"--gpus-per-node={gpus}",) if profile is None else gpu_flags(profile, gpus)
 
 
 async def _sbatch(script: str, environ: Mapping[str, str]) -> str:

@@ -177,3 +177,38 @@ def test_spaces_and_quotes_in_values(mini_cluster: MiniCluster, tmp_path: Path) 
     done = mini_cluster.run([str(CLI), "slurm", "stop", "--run-dir", str(runs)], timeout_s=90)
     assert done.returncode == 0, done.stderr
     assert left_on(mini_cluster, mini_cluster.nodes) == []
+
+
+def prolog(folder: Path, condition: str) -> str:
+    """Return srun's words for a cluster whose nodes put a variable into every task's environment."""
+    script = folder / "prolog.sh"
+    script.write_text(f"#!/bin/sh\nif {condition}; then echo export UCX_TLS=tcp; fi\n")
+    script.chmod(0o755)
+    return f"--task-prolog={script}"
+
+
+def test_ranks_that_a_node_gives_another_environment_are_refused_by_name(
+    mini_cluster: MiniCluster, runs: Path, tmp_path: Path
+) -> None:
+    words = (AGGREGATED, *FREE, "--set", "tensor_parallel_size=2", "--num-nodes", "2")
+    only_rank_1 = {"SRUN_ARGS": prolog(tmp_path, '[ "$SLURM_PROCID" = 1 ]')}
+    code, text = fails(mini_cluster, runs, *words, nodes=2, **only_rank_1)
+    assert code == 2
+    assert "the ranks of worker-0 see different environments" in text
+    assert "UCX_TLS: not set on rank 0; 'tcp' on rank 1" in text
+
+
+def test_what_all_nodes_add_to_the_environment_is_told(
+    mini_cluster: MiniCluster, runs: Path, tmp_path: Path
+) -> None:
+    told = {"SRUN_ARGS": prolog(tmp_path, "true")}
+    with started(mini_cluster, runs, AGGREGATED, *FREE, nodes=1, **told) as driver:
+        driver.url()
+        assert "UCX_TLS=tcp is set by the node; without cuda in it" in driver.text
+        assert driver.interrupt() == 130
+    # What the operator's shell says wins.
+    told["UCX_TLS"] = "all"
+    with started(mini_cluster, runs, AGGREGATED, *FREE, nodes=1, **told) as driver:
+        driver.url()
+        assert "UCX_TLS=tcp of the node is replaced by all" in driver.text
+        assert driver.interrupt() == 130

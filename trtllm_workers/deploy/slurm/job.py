@@ -7,23 +7,20 @@ import contextlib
 import os
 import re
 import secrets
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from trtllm_workers import __version__
-from trtllm_workers.config.env import child_environment
 from trtllm_workers.deploy.plan import PlannedProcess
-from trtllm_workers.deploy.run import RUN_FOLDER, RUN_ID
 from trtllm_workers.deploy.site import Site
 from trtllm_workers.deploy.slurm import records, variables
+from trtllm_workers.deploy.slurm.checks import check_nodes
 from trtllm_workers.deploy.slurm.command import run_command
+from trtllm_workers.deploy.slurm.on_all import Steps
 from trtllm_workers.deploy.slurm.plan import SlurmPlan
 from trtllm_workers.deploy.slurm.preflight import QUESTIONS, Questions
-from trtllm_workers.deploy.slurm.steps import unset_for_srun
 from trtllm_workers.errors import ConfigError, StartError
 from trtllm_workers.observe.status import Status, rank_status, read_status
 
@@ -31,61 +28,10 @@ _ASK_TIMEOUT_S = 10.0
 _CLEAR_TIMEOUT_S = 20.0
 _LOOK_S = 0.25
 _NODES_EVERY_S = 5.0
-_MOST_CLOCK_DIFFERENCE_S = 5.0
-_END_WAIT_S = 5.0
-_LAST_LINES = 8
 _IS_GONE = re.compile(r"^(down|fail|error|unk|powered|power)", re.IGNORECASE)
 # A node that does not answer may do so again; where a part has died as well, it is taken for gone.
 _IS_LOST = re.compile(rf"{_IS_GONE.pattern}|\*$", re.IGNORECASE)
 _MARK = "trtllm-launch-node"
-
-# What srun says, and what to do about it.
-_SAYINGS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (
-        re.compile(r"unrecognized option.*--container", re.IGNORECASE),
-        "srun knows no containers here (no pyxis); leave IMAGE empty and install trtllm-launch where all "
-        "nodes see it, or ask for pyxis and enroot",
-    ),
-    (
-        re.compile(
-            r"Invalid job id|Unable to confirm allocation|already complet|allocation.*revoked"
-        ),
-        "the allocation is over; make a new one (salloc, or let 'trtllm-launch slurm run' submit a job)",
-    ),
-    (
-        re.compile(
-            r"[Pp]yxis.*(failed to import|not found|couldn't start container|image)|No such image"
-        ),
-        "the image could not be had; check IMAGE, and that this node may fetch or read it",
-    ),
-    (
-        re.compile(r"Invalid MPI type|MPI: Cannot|mpi_.*not found|plugin.*mpi/", re.IGNORECASE),
-        "the cluster does not offer that --mpi type; 'srun --mpi=list' shows those it has",
-    ),
-    (
-        re.compile(r"execve\(\).*No such file|No such file or directory.*python|python.*not found"),
-        "the Python that runs trtllm-launch is not on this node; install the environment on a file system "
-        "that all nodes share, or use an IMAGE",
-    ),
-    (
-        re.compile(r"No module named .?trtllm_workers"),
-        "trtllm-launch is not installed in that Python; build the image with container/build.sh, or name "
-        "its Python with --image-python",
-    ),
-    (
-        re.compile(
-            r"node count|More processors requested|Requested node configuration|nodes are busy"
-        ),
-        "SLURM does not give these nodes to a step; the allocation is too small, or another step holds them "
-        "alone",
-    ),
-    (
-        re.compile(
-            r"Unable to create step|Invalid generic resource|Invalid account|Access/permission"
-        ),
-        "SLURM refuses the step; its words are below",
-    ),
-)
 
 
 @dataclass(slots=True)
@@ -110,6 +56,7 @@ class JobSite(Site):
         self._environ = environ
         self._submitted = submitted
         self._folder = made.plan.folder.path
+        self._on_all = Steps(made, environ)
         self._parts = {part.name: part for part in made.parts}
         self._seen: dict[str, _Seen] = {}
         self._told: set[str] = set()
@@ -120,7 +67,7 @@ class JobSite(Site):
         self._say = say
         began_s = time.monotonic()
         self._write()
-        await self._preflight()
+        await check_nodes(self._made, self._on_all, say)
         nodes = len(self._made.allocation.nodes)
         say(
             f"{nodes} node{'s' if nodes > 1 else ''} of job {self._made.allocation.job_id} checked in "
@@ -248,20 +195,12 @@ class JobSite(Site):
             return
         if self._made.forget:
             with contextlib.suppress(OSError, TimeoutError, StartError):
-                await self._run(
-                    _only_on(self._made.forget, nodes), Path(os.devnull), _CLEAR_TIMEOUT_S
-                )
+                await self._on_all.run(_only_on(self._made.forget, nodes), _CLEAR_TIMEOUT_S)
         words = _only_on(self._made.clear, nodes)
         with contextlib.suppress(OSError, TimeoutError, StartError):
-            status = await self._run(words, self._made.plan.log_dir / "clear.log", _CLEAR_TIMEOUT_S)
-            if status == 0:
-                with contextlib.suppress(OSError):
-                    (self._made.plan.log_dir / "clear.log").unlink()
-            elif not self._job_is_over():
-                say(f"note: the nodes could not be cleared: {self._last_words('clear')}")
-
-    def _job_is_over(self) -> bool:
-        return bool(_SAYINGS[1][0].search(self._log("clear")))
+            said = await self._on_all.run(words, _CLEAR_TIMEOUT_S, "clear")
+            if said.status != 0 and not said.means_the_job_is_over:
+                say(f"note: the nodes could not be cleared: {said.last_words()}")
 
     def _write(self) -> None:
         """Write what tasks and other commands read. Raises ConfigError."""
@@ -311,54 +250,6 @@ class JobSite(Site):
                 param="run_dir",
             ) from wrong
 
-    async def _preflight(self) -> None:
-        made = self._made
-        limit_s = made.slurm.preflight_timeout_s
-        try:
-            status = await self._run(made.preflight, made.plan.log_dir / "preflight.log", limit_s)
-            late = False
-        except TimeoutError:
-            status, late = 1, True
-        found = {
-            node: records.read(records.node_path(self._folder, node), records.NodeRecord)
-            for node in made.allocation.nodes
-        }
-        wrong = [
-            f"{node}: {problem}"
-            for node, record in found.items()
-            if record is not None
-            for problem in record.problems
-        ]
-        missing = [node for node, record in found.items() if record is None]
-        if missing:
-            wrong.append(self._silent(missing, late, limit_s))
-        elif status != 0 and not wrong:
-            wrong.append(f"the check of the nodes failed: {self._last_words('preflight')}")
-        wrong += _unlike({node: one for node, one in found.items() if one is not None})
-        if wrong:
-            raise ConfigError("\n".join(_grouped(wrong)), param="num_nodes")
-        self._note_clocks({node: one for node, one in found.items() if one is not None})
-
-    def _silent(self, missing: Sequence[str], late: bool, limit_s: float) -> str:
-        said = self._log("preflight")
-        hint = next((hint for pattern, hint in _SAYINGS if pattern.search(said)), "")
-        names = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
-        verb = "has" if len(missing) == 1 else "have"
-        when = f" within {limit_s:g} s (--preflight-timeout-s)" if late else ""
-        return f"{names} {verb} not answered the check{when}{': ' + hint if hint else ''}\n" + (
-            self._last_words("preflight")
-        )
-
-    def _note_clocks(self, found: Mapping[str, records.NodeRecord]) -> None:
-        now_s = time.time()
-        for node, record in found.items():
-            # What was written some seconds ago is older; only a clock in the future is sure to be wrong.
-            if record.now_s - now_s > _MOST_CLOCK_DIFFERENCE_S:
-                self._say(
-                    f"note: the clock of {node} is {record.now_s - now_s:.0f} s ahead of this host's; times in "
-                    "logs will not fit together"
-                )
-
     def _look_for_ranks(self, part: records.Part, seen: _Seen) -> None:
         for rank in range(len(part.nodes) * part.ranks_per_node):
             if rank in seen.ranks:
@@ -378,56 +269,6 @@ class JobSite(Site):
                     self._say(f"note: environment on {record.node}: {word}{_remark(word)}")
         if text := variables.disagreement(part.name, ranks):
             raise ConfigError(text, param="mpi")
-
-    async def _run(self, words: Sequence[str], log: Path, timeout_s: float) -> int:
-        """Run a step to its end; its output goes into ``log``. Raises TimeoutError after ending it."""
-        extra = {RUN_ID: self._made.plan.run_id, RUN_FOLDER: str(self._folder)}
-        environ = child_environment(
-            {**extra, **{name: None for name in unset_for_srun(self._environ)}}
-        )
-        with log.open("wb") as output:
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *words,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env=environ,
-                    start_new_session=True,
-                )
-            except OSError as wrong:
-                raise ConfigError(
-                    f"cannot start {words[0]}: {wrong.strerror}; is this a SLURM cluster?",
-                    param="engine",
-                ) from wrong
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await process.wait()
-        finally:
-            if process.returncode is None:
-                await _end(process)
-
-    def _log(self, name: str) -> str:
-        with contextlib.suppress(OSError):
-            text = (self._made.plan.log_dir / f"{name}.log").read_text(errors="replace")
-            return text[-20_000:]
-        return ""
-
-    def _last_words(self, name: str) -> str:
-        lines = [line for line in self._log(name).splitlines() if line.strip()]
-        if not lines:
-            return "srun said nothing"
-        return "srun said:\n" + "\n".join(f"  | {line}" for line in lines[-_LAST_LINES:])
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_END_WAIT_S):
-                await process.wait()
-                return
 
 
 def _only_on(words: Sequence[str], nodes: Sequence[str]) -> list[str]:
@@ -464,37 +305,6 @@ def _missing(part: records.Part, ranks: Mapping[int, records.RankRecord]) -> str
     ]
     more = " …" if len(by_node) > 4 else ""
     return f"{len(ranks)} of {total} ranks started, waiting for {'; '.join(shown)}{more}"
-
-
-def _unlike(found: Mapping[str, records.NodeRecord]) -> list[str]:
-    """Return what is not the same on all nodes."""
-    wrong = []
-    for node, record in found.items():
-        if record.version != __version__:
-            wrong.append(
-                f"{node}: trtllm-launch {record.version} is there, and {__version__} here; install the same, or "
-                "build the image anew"
-            )
-    pythons = {one.python.rpartition(".")[0] for one in found.values()}
-    if len(pythons) > 1:
-        shown = ", ".join(f"{node} {one.python}" for node, one in list(found.items())[:8])
-        wrong.append(f"the nodes have different Pythons: {shown}")
-    return wrong
-
-
-def _grouped(lines: Sequence[str]) -> list[str]:
-    """Return lines ``NODE: problem`` with the nodes of one problem together."""
-    by_problem: dict[str, list[str]] = {}
-    for line in lines:
-        node, colon, problem = line.partition(": ")
-        if colon and " " not in node:
-            by_problem.setdefault(problem, []).append(node)
-        else:
-            by_problem.setdefault(line, [])
-    return [
-        f"{', '.join(nodes[:8])}{' …' if len(nodes) > 8 else ''}: {problem}" if nodes else problem
-        for problem, nodes in by_problem.items()
-    ]
 
 
 def _remark(word: str) -> str:

@@ -29,11 +29,12 @@ class Processes:
         *urls: EtcdUrl,
         namespace: str = "default",
         connect_timeout_s: float = 5.0,
+        ttl_s: float = TTL_S,
         **login: Any,
     ) -> EtcdDiscovery:
         url = EtcdUrl(tuple(each.endpoints[0] for each in urls), urls[0].tls)
         made = EtcdDiscovery(
-            url, namespace, EtcdLogin(**login), ttl_s=TTL_S, connect_timeout_s=connect_timeout_s
+            url, namespace, EtcdLogin(**login), ttl_s=ttl_s, connect_timeout_s=connect_timeout_s
         )
         self._made.append(made)
         return made

@@ -15,7 +15,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.contract.etcd import Admin, EtcdServer, admin, etcd_cluster
-from tests.contract.etcd_watchers import TTL_S, Processes, Relay, following
+from tests.contract.etcd_watchers import (
+    LONGER_THAN_A_LEASE_S,
+    TTL_S,
+    Processes,
+    Relay,
+    following,
+)
 from tests.contract.planes import record, soon, watching
 from trtllm_workers.config.outside import EtcdLogin
 from trtllm_workers.errors import ConfigError
@@ -150,17 +156,19 @@ async def test_cluster_that_loses_members_and_its_majority_costs_nobody(
     stays, newcomer = record("stays"), record("newcomer")
     with etcd_cluster(tmp_path / "cluster", 3) as members:
         urls = [member.url for member in members]
-        owner = processes.one(*urls)
+        # On a busy machine an election takes longer than the shortest lease.
+        owner = processes.one(*urls, ttl_s=TTL_S + 1)
+        longer_s = LONGER_THAN_A_LEASE_S + 1
         await owner.register(stays)
-        async with following(processes.one(*urls), stays) as follower:
+        async with following(processes.one(*urls, ttl_s=TTL_S + 1), stays) as follower:
             members[0].kill()  # the one that both are connected to
-            await follower.stays(stays)
+            await follower.stays(stays, for_s=longer_s)
             await owner.register(newcomer)
             await follower.until(newcomer, stays)
             members[1].kill()  # the last one is alive, but may decide nothing
-            await follower.stays(newcomer, stays)
+            await follower.stays(newcomer, stays, for_s=longer_s)
             await asyncio.to_thread(members[0].start)
-            await follower.stays(newcomer, stays)
+            await follower.stays(newcomer, stays, for_s=longer_s)
             later = record("later")
             await owner.register(later)
             await follower.until(later, newcomer, stays)

@@ -78,7 +78,7 @@ def test_ours_wait_for_both_and_may_drain_before_they_are_killed(tmp_path: Path)
 
 def test_the_drain_timeout_is_the_commands_own() -> None:
     for command in (ingress_command, worker_command):
-        text = command.get_help(click.Context(command))
+        text = command.get_help(click.Context(command, help_option_names=["-h", "--help"]))
         (default,) = re.findall(r"--drain-timeout-s.*?\[default:\s+(\d+);", text, re.DOTALL)
         assert int(default) == DRAIN_TIMEOUT_S
 

@@ -44,7 +44,7 @@ def test_too_few_nodes(mini_cluster: MiniCluster, runs: Path) -> None:
 
 
 def test_a_model_that_one_node_does_not_see(
-    mini_cluster: MiniCluster, runs: Path, tmp_path: Path
+    mini_cluster: MiniCluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     model = ROOT / "trtllm_workers/demo/model"
     local = tmp_path / "local model"
@@ -56,12 +56,11 @@ def test_a_model_that_one_node_does_not_see(
     hide = ["mount", "-t", "tmpfs", "none", str(tmp_path)]
     assert mini_cluster.exec("sn2", hide).returncode == 0
     try:
-        shared = ROOT / ".slurm-test-runs"
+        shared = tmp_path_factory.mktemp("runs")
         words = (AGGREGATED, *FREE, "--num-workers", "2")
-        where = {"MODEL_PATH": str(local), "SLURM_NODELIST_WANTED": ""}
+        where = {"MODEL_PATH": str(local)}
         with started(mini_cluster, shared, "-w", "sn1,sn2", *words, nodes=2, **where) as driver:
             code, text = driver.wait(), driver.text
-        shared.rmdir() if not list(shared.iterdir()) else None
     finally:
         mini_cluster.exec("sn2", ["umount", str(tmp_path)])
     assert code == 2, text

@@ -44,6 +44,8 @@ class GroupedCommand(click.Command):
 
     def __init__(self, *args: Any, variables: Sequence[Option] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # The group says so too; a command that is called without it must not differ.
+        self.context_settings.setdefault("help_option_names", ["-h", "--help"])
         self.variables: list[Option] = list(variables)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

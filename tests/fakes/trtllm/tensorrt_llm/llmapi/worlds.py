@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from typing import Any
 
 _HERE, _BYE = 71, 72
@@ -48,7 +49,7 @@ class World:
             raise RuntimeError(
                 f"world size {self._size} does not match tllm_mpi_size {os.environ['tllm_mpi_size']}"
             )
-        self._proxy = socket.create_connection((host, int(port)), 20)
+        self._proxy = _patiently(host, int(port))
         self._proxy.sendall(key.encode() + b"\n")
         if self._proxy.recv(3) != b"ok\n":
             raise RuntimeError("the proxy refused")
@@ -100,3 +101,15 @@ def lead() -> None:
                 lines.read()  # until the user's process is gone
     for rank in range(1, comm.size):
         comm.send(None, dest=rank, tag=_BYE)
+
+
+def _patiently(host: str, port: int) -> socket.socket:
+    """Connect to a proxy that is starting beside us; ZeroMQ, which the real one uses, waits too."""
+    ends_s = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection((host, port), 20)
+        except ConnectionRefusedError:
+            if time.monotonic() > ends_s:
+                raise
+            time.sleep(0.05)

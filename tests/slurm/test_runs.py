@@ -201,6 +201,9 @@ def test_a_rank_that_dies_ends_the_start_and_is_named_with_its_last_lines(
         assert done.returncode == 0
         assert driver.wait() == 4
         assert f"rank 1 of worker-0 on {node} was killed by SIGKILL" in driver.text
+    assert list(runs.glob("history/*/logs/worker-0.rank1.log")), "its words stay"
+    first = next(runs.glob("history/*/first_error.txt")).read_text()
+    assert first.startswith("first error: worker-0 rank 1")
     wait_until_clean(mini_cluster, mini_cluster.nodes)
 
 

@@ -94,9 +94,11 @@ def first_error(
     deaths = [death for name, lines in parsed.items() for death in _deaths_in(name, lines)]
     if deaths:
         _, name, at, death = min(deaths, key=lambda one: (one[0], one[1]))
+        if own := _of_rank_alone(parsed, death):
+            return _of_death(death, own, len(own))
         return _of_death(death, parsed[name], at)
     if died is not None:
-        lines = parsed.get(died.process, [])
+        lines = _of_rank_alone(parsed, died) or parsed.get(died.process, [])
         return _of_death(died, lines, len(lines))
     errors = [
         (line.time_s if line.time_s is not None else float("inf"), name, at)
@@ -109,6 +111,15 @@ def first_error(
     _, name, at = min(errors)
     found = parsed[name][at]
     return FirstError(name, found.rank, found.time_s, at + 1, "", _around(parsed[name], at))
+
+
+def rank_log_name(process: str, rank: int) -> str:
+    """Return what the log of a rank alone is called; under srun each rank has one."""
+    return f"{process}.rank{rank}"
+
+
+def _of_rank_alone(parsed: Mapping[str, list[_Line]], death: Death) -> list[_Line]:
+    return [] if death.rank is None else parsed.get(rank_log_name(death.process, death.rank), [])
 
 
 def as_text(found: FirstError | None) -> str:

@@ -14,6 +14,7 @@ without secrets; a file that cannot be written is left out, because a run must b
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -190,6 +191,10 @@ def pairs_in_use(folder: RunFolder) -> tuple[PairInUse, ...]:
 def log_texts(record: RunRecord, max_bytes: int) -> dict[str, str]:
     """Return beginning and end of every log of a run, by process; ``max_bytes`` for all together."""
     logs = [(one.name, Path(one.log)) for one in record.processes if one.log]
+    for name, path in list(logs):
+        # srun's tasks have a log each beside that of their step.
+        for own in sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}")):
+            logs.append((name + own.stem.removeprefix(path.stem), own))
     share = max_bytes // max(1, len(logs))
     head = min(_HEAD_BYTES, share // 4)
     found = {}

@@ -121,3 +121,24 @@ def test_a_process_that_wrote_nothing_is_named_all_the_same() -> None:
     assert found is not None
     assert "prefill-1" in as_text(found)
     assert "it wrote nothing" in as_text(found)
+
+
+def test_a_rank_with_a_log_of_its_own_is_asked_first() -> None:
+    logs = {
+        "worker-0": [
+            "srun: error: n2: task 1: Exited with exit code 1",
+            "--- rank 1 of worker-0 on n2 ended with exit code 1; restart 1 of 3 ---",
+        ],
+        "worker-0.rank0": ["10:00:00.000 info    worker-0  waiting"],
+        "worker-0.rank1": [
+            "10:00:00.500 info    worker-0 rank 1  loading",
+            "ValueError: no weights",
+        ],
+    }
+    found = first_error(logs)
+    assert found is not None
+    assert (found.who, found.line) == ("worker-0 rank 1", 2)
+    died = Death("worker-0", 1, KILLED)
+    again = first_error({name: lines for name, lines in logs.items() if "." in name}, 0.0, died)
+    assert again is not None
+    assert again.lines[-1] == "ValueError: no weights"

@@ -108,3 +108,11 @@ def test_the_latest_run_is_meant_when_none_is_named(tmp_path: Path) -> None:
         open_story([tmp_path], "old112")
     with pytest.raises(ConfigError, match="is no folder of a run"):
         open_story([tmp_path], f"{tmp_path}/history")
+
+
+def test_logs_of_ranks_beside_that_of_their_step_are_kept(tmp_path: Path) -> None:
+    _, record = run_folder(tmp_path)
+    log = Path(record.processes[-1].log)
+    log.with_name(f"{log.stem}.rank1.log").write_text("a line of rank 1\n")
+    texts = history.log_texts(record, 1 << 20)
+    assert texts[f"{record.processes[-1].name}.rank1"] == "a line of rank 1\n"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import re
 import signal
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -59,10 +61,6 @@ def wait_until_clean(cluster: MiniCluster, nodes: tuple[str, ...], timeout_s: fl
 
 def only_history(runs: Path) -> bool:
     return [path.name for path in runs.iterdir()] == ["history"]
-
-
-def run_id_of(driver: Driver) -> str:
-    return driver.wait_for("run ").split("run ", 1)[1].split()[0]
 
 
 def test_one_mpi_world_over_two_nodes(
@@ -123,6 +121,31 @@ def test_a_submitted_job_with_its_own_etcd_is_followed_shown_and_stopped(
     wait_until_clean(mini_cluster, mini_cluster.nodes)
     assert mini_cluster.run(["squeue", "--noheader"]).stdout.strip() == ""
     assert only_history(runs)
+
+
+def num_filled(url: str) -> float:
+    """Return how many prompts prefill workers took from the queue and wrote into decode's blocks."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    found = [line for line in lines if re.match(r"\w*prefill_queue_jobs_total{.*filled", line)]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+
+def test_the_prefill_queue_has_a_nats_server_on_the_head_node(
+    mini_cluster: MiniCluster, runs: Path, texts: dict[str, str]
+) -> None:
+    shape = {"PREFILL_DISPATCH": "queue", "KV_TRANSPORT": "tcp"}
+    with started(mini_cluster, runs, DISAGGREGATED, *FREE, nodes=2, **shape) as driver:
+        url = driver.url()
+        assert {prompt: completion(url, prompt) for prompt in PROMPTS} == texts
+        nodes = nodes_by_rank(mini_cluster, runs)
+        assert nodes["nats", 0] == nodes["ingress", 0]
+        deadline = time.monotonic() + 20
+        while num_filled(url) < len(PROMPTS):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)  # workers tell the ingress what they did every now and then
+        assert driver.interrupt() == 130
+    wait_until_clean(mini_cluster, mini_cluster.nodes)
 
 
 def test_a_node_is_lost_under_load(mini_cluster: MiniCluster, runs: Path) -> None:

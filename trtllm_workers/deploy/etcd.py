@@ -18,7 +18,7 @@ from pathlib import Path
 from socket import AF_INET, AF_INET6, SOCK_STREAM, socket
 from typing import Any
 
-from trtllm_workers.config.outside import EtcdLogin, EtcdUrl
+from trtllm_workers.config.outside import EtcdUrl
 from trtllm_workers.deploy.nats import end_server, end_with_parent
 from trtllm_workers.errors import ConfigError, StartError
 from trtllm_workers.observe.logs import get_logger
@@ -140,11 +140,6 @@ async def _serves(
             raise StartError(f"etcd does not answer at {url} after {_START_TIMEOUT_S:g} s")
         await asyncio.sleep(_LOOK_S)
     return False
-
-
-def login(secret: bytes) -> EtcdLogin:
-    """Return what a job's own etcd asks of its clients."""
-    return EtcdLogin(username=USER, password=etcd_password(secret))
 
 
 def _free_ports(host: str) -> tuple[int, int]:

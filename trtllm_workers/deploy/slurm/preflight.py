@@ -47,7 +47,6 @@ class Questions(msgspec.Struct, frozen=True, kw_only=True):
     head_address: str | None = None
     needs_trtllm: bool = False
     gpus: int = 0
-    programs: tuple[str, ...] = ()
 
 
 def main(words: Sequence[str]) -> int:

@@ -47,8 +47,6 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     parts: tuple[Part, ...]
     driver_host: str
     submitted: bool = False
-    cluster: str = ""
-    output: str = ""
 
 
 class Environment(msgspec.Struct, frozen=True):

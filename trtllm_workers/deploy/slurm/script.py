@@ -17,7 +17,7 @@ from trtllm_workers.deploy.slurm.steps import split_words
 from trtllm_workers.worker.rank_env import is_secret, rank_variables
 
 _MODULE = "trtllm_workers.cli.main"
-DEFAULT_NAME = "trtllm-launch"
+_DEFAULT_NAME = "trtllm-launch"
 # Before the time limit ends everything: enough to drain and to clear the nodes.
 _CLOSING_S = 30
 
@@ -51,7 +51,7 @@ def batch_job(
     if slurm.reservation:
         extra.append(f"--reservation={slurm.reservation}")
     return BatchJob(
-        name=slurm.job_name or DEFAULT_NAME,
+        name=slurm.job_name or _DEFAULT_NAME,
         num_nodes=job.layout.num_nodes,
         gpu_flags=_gpu_flags(job, profile),
         account=pick_account(profile, slurm.account) if profile else slurm.account,

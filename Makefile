@@ -22,7 +22,7 @@ setup-dev: .venv/.dev ## add what the tests and checks need
 .venv/.serve: pyproject.toml | .venv/bin/python
 	@echo "setup: installing torch and trtllm-launch into .venv (once)"
 	@$(PY)/python -m pip install -q $(TORCH)
-	@$(PY)/python -m pip install -q -e '.[torch,ucx,mpi,nats,etcd]'
+	@$(PY)/python -m pip install -q -e '.[torch,ucx,mpi,nats,etcd,vision]'
 	@touch $@
 
 .venv/.dev: .venv/.serve

@@ -9,7 +9,8 @@
     │   ├── ModelNotFound             2   404
     │   ├── ContextTooLong            2   400
     │   ├── NotSupported              2   400  a field that no worker honours
-    │   └── TooLarge                  2   413
+    │   ├── TooLarge                  2   413
+    │   └── MediaRejected             2   400  an image or file of embeddings cannot be taken
     ├── Overloaded                    4   429  the caller may try again later
     ├── Unavailable                   4   503  the caller may try again later; nothing is ready
     ├── EngineError                   4   500  this request failed inside the engine
@@ -18,6 +19,7 @@
     │   ├── TransportUnavailable      2   503  the operator: a transport cannot start here
     │   ├── LayoutMismatch            2   503  the operator: two pools do not fit each other
     │   ├── TransferFailed            4   503  a read or write broke
+    │   ├── MediaGone                 4   503  an image's embeddings are not where they were
     │   ├── HandoffRefused            4   503  prefill cannot do it now
     │   └── HandoffExpired            4   503  blocks were not fetched before the deadline
     └── PlaneError                    4   503  a message could not be moved
@@ -103,6 +105,15 @@ class TooLarge(RequestError):
 
     http_status = 413
     code = "request_too_large"
+
+
+class MediaRejected(RequestError):
+    """An image, or a file of embeddings, cannot be taken; says what is wrong with the request alone.
+
+    Never what is or is not on this side: no path, address or reason of the operating system.
+    """
+
+    code = "invalid_image"
 
 
 class Overloaded(LaunchError):
@@ -211,6 +222,12 @@ class TransferFailed(TransferError):
     """A read or write broke; the bytes have stopped moving."""
 
     code = "transfer_failed"
+
+
+class MediaGone(TransferError):
+    """The embeddings of an image are not (any more) where they were said to be; they can be made again."""
+
+    code = "media_gone"
 
 
 class HandoffRefused(TransferError):

@@ -87,11 +87,66 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     guided: GuidedDecoding | None = None
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+class Address(msgspec.Struct, frozen=True, array_like=True):
+    """Where a process listens, and which incarnation of it is meant."""
+
+    host: str
+    port: int
+    peer_id: str
+    incarnation: str
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.peer_id}@{host}:{self.port}"
+
+
+class MediaKind(StrEnum):
+    """What bytes of a medium are."""
+
+    EMBEDDINGS = "embeddings"
+    IMAGE = "image"
+
+
+class MediaItem(msgspec.Struct, frozen=True, array_like=True):
+    """One image of a prompt, in the form the model takes it: what stands for its placeholder tokens.
+
+    ``digest``: 16 bytes over the content and over what made it (model, vision tower, kind): equal digests
+    mean equal KV. The placeholder tokens are ``num_tokens`` from ``offset`` on. ``grid`` is (time, height,
+    width) in merged patches for models whose positions are in space; None for the others.
+
+    ``holder`` has the bytes, ``num_bytes`` of ``kind``: rows [num_tokens, hidden] of embeddings in the
+    model's dtype, or the RGB bytes [height, width, 3] of an image of ``size`` (height, width). ``native``
+    is an engine's own handle instead of bytes; it is good on the host of ``holder`` only.
+    """
+
+    digest: bytes
+    offset: int
+    num_tokens: int
+    grid: tuple[int, int, int] | None = None
+    holder: Address | None = None
+    kind: MediaKind = MediaKind.EMBEDDINGS
+    num_bytes: int = 0
+    size: tuple[int, int] = (0, 0)
+    native: bytes = b""
+
+
+class MediaReference(msgspec.Struct, frozen=True, array_like=True):
+    """One image as a request names it: an http(s) or ``data:`` URL, ``file://`` URL or path.
+
+    ``param`` is where in the request it stands, for errors.
+    """
+
+    url: str
+    param: str
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One prompt and one answer; ``n`` answers are n requests. Nobody mutates it.
 
     ``cache_salt`` separates prefix caches: requests with different salts never share blocks. ``lora``
-    names one of the worker's adapters (``EngineInfo.loras``); "" is the model itself.
+    names one of the worker's adapters (``EngineInfo.loras``); "" is the model itself. ``media`` are its
+    images in order; ``prompt_token_ids`` holds the placeholder tokens of all of them. With ``media``,
+    ``prompt_text`` is the prompt's text with one placeholder an image, for engines that tokenize themselves.
     """
 
     request_id: str
@@ -99,6 +154,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     cache_salt: str = ""
     lora: str = ""
+    media: tuple[MediaItem, ...] = ()
+    prompt_text: str = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -197,6 +254,27 @@ class TransportCard(msgspec.Struct, frozen=True, kw_only=True):
         return f"TransportCard({self.transport}, {self.peer_id}, {self.num_blocks} blocks)"
 
 
+class VisionInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine knows of images. An engine without it takes text only.
+
+    ``family``: llava, qwen2_vl, … ``image_token_id`` stands for a row of embeddings in a prompt, and may not
+    come in one otherwise; ``placeholder`` is its text. Rows have ``hidden_size`` values of ``dtype``.
+    ``encodes``: it makes items of references (``EncodeAsk``); an engine that does not still takes items
+    that others made. ``embeddings``: whether files of precomputed embeddings are taken too, and ``images``
+    whether images are. ``uses_grid``: positions in space, so embeddings come with their grid.
+    """
+
+    family: str
+    image_token_id: int
+    placeholder: str
+    hidden_size: int
+    dtype: str
+    encodes: bool = True
+    images: bool = True
+    embeddings: bool = True
+    uses_grid: bool = False
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine is, known once it has started.
 
@@ -205,6 +283,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     (0: only ``max_seq_len`` does). ``loras`` names the adapters it holds. ``kv_wire`` is the transport
     that an engine with KV of its own was *seen* to use; "" until it was seen. ``kv_events``: it tells
     changes of its prefix cache. ``tensor_parallel_size``: ranks that share the model; 0: it does not tell.
+    ``vision``: what it knows of images; None: it takes text only.
     """
 
     engine: str
@@ -227,6 +306,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = ""
     kv_events: bool = False
     tensor_parallel_size: int = 0
+    vision: VisionInfo | None = None
 
 
 # What a process without an engine registers with.
@@ -299,19 +379,6 @@ class WorkerState(StrEnum):
 
     READY = "ready"
     DRAINING = "draining"
-
-
-class Address(msgspec.Struct, frozen=True, array_like=True):
-    """Where a process listens, and which incarnation of it is meant."""
-
-    host: str
-    port: int
-    peer_id: str
-    incarnation: str
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.peer_id}@{host}:{self.port}"
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):

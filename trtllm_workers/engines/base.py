@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from trtllm_workers.config.keys import EngineConfig
+from trtllm_workers.config.media import MediaSettings
 from trtllm_workers.errors import EngineDead
 from trtllm_workers.transfer.base import KvPool
+from trtllm_workers.transfer.media_store import MediaStore
 from trtllm_workers.types import (
     EngineInfo,
     EngineStats,
     GenerateRequest,
     KvEvent,
+    MediaKind,
     Prefilled,
     Reservation,
     TokenChunk,
@@ -39,12 +42,55 @@ class EngineOptions:
 
     ``on_progress`` is told the loaded share of the model, 0 to 1, from any thread.
     ``extra`` holds engine-specific options that are not TensorRT-LLM keys (sim: ``cost_path``).
+    ``encodes``: load the vision tower, where the model has one. ``generates``: load the language model;
+    without it every request is refused, and the engine is there for its ``encoder`` (role encode).
     """
 
     model_path: Path
     config: EngineConfig
     on_progress: Callable[[float], None] = _ignore_progress
     extra: Mapping[str, str] = field(default_factory=dict)
+    media: MediaSettings = field(default_factory=MediaSettings)
+    encodes: bool = True
+    generates: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePlan:
+    """What an image of some size becomes: placeholder tokens, grid (see MediaItem) and bytes.
+
+    ``kind`` EMBEDDINGS: ``num_bytes`` of rows [num_tokens, hidden]. IMAGE: the engine takes images as they
+    are, and keeps ``num_bytes`` of RGB.
+    """
+
+    num_tokens: int
+    num_bytes: int
+    grid: tuple[int, int, int] | None = None
+    kind: MediaKind = MediaKind.EMBEDDINGS
+
+
+class ImageEncoder(Protocol):
+    """An engine's vision tower. Calls may come from any thread, one at a time for ``encode``.
+
+    * ``plan`` tells what an image of (height, width) becomes. It raises MediaRejected for sizes that the
+      model cannot take.
+    * ``encode`` fills ``into`` (as many bytes as planned, in pieces) from ``pixels``, RGB bytes
+      [height, width, 3]. Equal pixels give equal bytes, whatever else runs, on every worker of one model
+      and host kind. It blocks.
+    * ``check_grid`` raises MediaRejected unless embeddings of so many tokens can have this grid (None:
+      none was given). It returns the grid to use.
+    * ``fingerprint`` covers the weights and settings that embeddings depend on.
+    """
+
+    @property
+    def fingerprint(self) -> bytes: ...
+    def plan(self, height: int, width: int) -> ImagePlan: ...
+    def check_grid(
+        self, num_tokens: int, grid: tuple[int, int, int] | None
+    ) -> tuple[int, int, int] | None: ...
+    def encode(
+        self, pixels: memoryview, height: int, width: int, into: Sequence[memoryview]
+    ) -> None: ...
 
 
 class Engine(Protocol):
@@ -107,6 +153,18 @@ class Engine(Protocol):
     * ``kv_pool`` is the memory of all blocks, once started; None: the engine moves its own KV.
     * ``holdings`` returns the number of blocks that each request holds, by request id.
 
+    Images:
+
+    * A request with ``media`` is taken by ``submit``, ``prefill`` and ``resume`` with ``first`` None when
+      the bytes of all its items are in ``media_store``; EngineError otherwise. The engine pins them until
+      the request ends. ``reserve``, and ``resume`` after a prefill elsewhere, need none.
+    * Tokens depend on what the images show, wherever the embeddings were made; requests whose images
+      differ never share cached blocks from the first image on.
+    * A placeholder token outside of ``media``, and an engine without ``EngineInfo.vision`` that gets
+      ``media``: RequestError.
+    * ``media_store`` is there once started; None: text only. ``encoder`` makes items of images; None: there
+      is no vision tower here.
+
     The end:
 
     * ``close`` ends open streams with FinishReason.ABORT, is safe after a failed ``start``, and
@@ -135,6 +193,12 @@ class Engine(Protocol):
 
     @property
     def kv_pool(self) -> KvPool | None: ...
+
+    @property
+    def media_store(self) -> MediaStore | None: ...
+
+    @property
+    def encoder(self) -> ImageEncoder | None: ...
 
     async def holdings(self) -> Mapping[str, int]: ...
 

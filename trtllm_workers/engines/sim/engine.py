@@ -14,6 +14,7 @@ from trtllm_workers.engines.base import (
     DeliverPrefilled,
     DeliverReservation,
     EngineOptions,
+    ImageEncoder,
 )
 from trtllm_workers.engines.sim.checkpoint import read_checkpoint
 from trtllm_workers.engines.sim.cost import CostModel, load_cost
@@ -26,6 +27,7 @@ from trtllm_workers.engines.sim.stream import Phase, Purpose, Stream
 from trtllm_workers.engines.sim.tokens import Vocabulary
 from trtllm_workers.errors import ConfigError, EngineDead, EngineError
 from trtllm_workers.transfer.base import KvPool
+from trtllm_workers.transfer.media_store import MediaStore
 from trtllm_workers.types import (
     EngineInfo,
     EngineStats,
@@ -221,6 +223,14 @@ class SimEngine:
     def num_wrong_blocks(self) -> int:
         """Blocks that held something else than their prompt's KV when a request was resumed."""
         return 0 if self._started is None else self._started.handoffs.num_wrong_blocks
+
+    @property
+    def media_store(self) -> MediaStore | None:
+        return None
+
+    @property
+    def encoder(self) -> ImageEncoder | None:
+        return None
 
     async def holdings(self) -> Mapping[str, int]:
         return {} if self._started is None else self._started.scheduler.holdings()

@@ -15,6 +15,7 @@ from trtllm_workers.engines.base import (
     DeliverPrefilled,
     DeliverReservation,
     EngineOptions,
+    ImageEncoder,
 )
 from trtllm_workers.engines.event_log import KvEventLog
 from trtllm_workers.engines.torch.accept import check_first
@@ -26,6 +27,7 @@ from trtllm_workers.engines.torch.streams import HELD, Phase, Stream, reason_of
 from trtllm_workers.errors import EngineDead, EngineError, LaunchError
 from trtllm_workers.observe.logs import get_logger
 from trtllm_workers.transfer.base import KvPool
+from trtllm_workers.transfer.media_store import MediaStore
 from trtllm_workers.types import (
     EngineInfo,
     EngineStats,
@@ -145,6 +147,14 @@ class TorchEngine:
     @property
     def kv_pool(self) -> KvPool | None:
         return self._kv_pool
+
+    @property
+    def media_store(self) -> MediaStore | None:
+        return None
+
+    @property
+    def encoder(self) -> ImageEncoder | None:
+        return None
 
     async def holdings(self) -> Mapping[str, int]:
         if self._loop is None or self._runner is None or self._closed or self._death is not None:

@@ -15,6 +15,7 @@ from trtllm_workers.engines.base import (
     DeliverPrefilled,
     DeliverReservation,
     EngineOptions,
+    ImageEncoder,
     generate,
 )
 from trtllm_workers.engines.trtllm.api import Api, load_api
@@ -32,6 +33,7 @@ from trtllm_workers.engines.trtllm.streams import Streams
 from trtllm_workers.errors import ConfigError, EngineDead, EngineError, LaunchError
 from trtllm_workers.lint.engine_config import nested
 from trtllm_workers.transfer.base import KvPool
+from trtllm_workers.transfer.media_store import MediaStore
 from trtllm_workers.types import (
     EngineInfo,
     EngineStats,
@@ -217,6 +219,14 @@ class TrtllmEngine:
 
     @property
     def kv_pool(self) -> KvPool | None:
+        return None
+
+    @property
+    def media_store(self) -> MediaStore | None:
+        return None
+
+    @property
+    def encoder(self) -> ImageEncoder | None:
         return None
 
     async def holdings(self) -> Mapping[str, int]:

@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from trtllm_workers.config.keys import EngineConfig
+from trtllm_workers.config.media import MediaSettings
 from trtllm_workers.config.outside import EtcdLogin, TlsFiles
 from trtllm_workers.engines.base import Engine, EngineOptions
 from trtllm_workers.engines.registry import build_engine
@@ -64,6 +65,8 @@ class WorkerSettings:
     * ``stall_timeout_s``: an engine that makes no token and no step for so long is taken for dead; 0: never.
     * ``prefill_queue``: roles prefill and decode hand prompts over through it; None: directly.
     * ``tells_launcher_to_stop``: see ``stopping.py``.
+    * ``media``: what this worker may load for images. ``encodes``: it makes embeddings of them itself, and
+      loads the model's vision tower for that; else encode workers do.
     * ``on_loaded``: called once when engine and transports are there, before others learn of this worker.
     * ``extra``: engine options that are not TensorRT-LLM keys, see ``EngineOptions``.
     """
@@ -90,6 +93,8 @@ class WorkerSettings:
     stall_timeout_s: float = 120.0
     prefill_queue: PrefillQueue | None = None
     tells_launcher_to_stop: Callable[[], bool] | None = None
+    media: MediaSettings = field(default_factory=MediaSettings)
+    encodes: bool = True
     on_loaded: Callable[[], None] = lambda: None
     namespace: str = "default"
     etcd: EtcdLogin = field(default_factory=EtcdLogin)
@@ -114,6 +119,9 @@ async def serve_worker(settings: WorkerSettings) -> None:
             config=settings.engine_config,
             on_progress=lambda done: status.report("model", done=done),
             extra=settings.extra,
+            media=settings.media,
+            encodes=settings.encodes,
+            generates=settings.role is not Role.ENCODE,
         ),
     )
     limits = HandoffLimits(

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtllm_workers.blocks import HASH_BYTES, block_hash, block_hashes, root_hash
+from trtllm_workers.blocks import HASH_BYTES, block_hash, block_hashes, media_marks, root_hash
+from trtllm_workers.types import MediaItem
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=100)
 SIZES = st.integers(1, 40)
@@ -87,3 +88,58 @@ def test_an_impossible_block_size_is_refused(block_size: int) -> None:
 def test_a_token_that_is_no_unsigned_32_bit_number_is_refused(token: int) -> None:
     with pytest.raises(OverflowError):
         block_hashes([token], 1, ROOT)
+
+
+def item(
+    name: str, offset: int, num_tokens: int, grid: tuple[int, int, int] | None = None
+) -> MediaItem:
+    return MediaItem(name.encode().ljust(HASH_BYTES, b"\0"), offset, num_tokens, grid)
+
+
+def hashes_with(*media: MediaItem, num_tokens: int = 40, block_size: int = 8) -> list[bytes]:
+    return block_hashes([1] * num_tokens, block_size, ROOT, media_marks(media, block_size))
+
+
+@given(st.integers(0, 60), st.integers(1, 60), st.integers(1, 20))
+def test_two_images_share_no_block_from_the_first_placeholder_on(
+    offset: int, num_tokens: int, block_size: int
+) -> None:
+    size = 128
+    cat, dog, text = (
+        block_hashes([1] * size, block_size, ROOT, media_marks(media, block_size))
+        for media in ([item("cat", offset, num_tokens)], [item("dog", offset, num_tokens)], [])
+    )
+    before = offset // block_size
+    assert cat[:before] == dog[:before] == text[:before]
+    later = set(cat[before:]), set(dog[before:]), set(text[before:])
+    assert not (later[0] & later[1] or later[0] & later[2] or later[1] & later[2])
+
+
+def test_equal_images_at_equal_places_share_all() -> None:
+    assert hashes_with(item("cat", 5, 9)) == hashes_with(item("cat", 5, 9))
+
+
+def test_place_length_grid_and_order_of_images_count() -> None:
+    seen = [
+        hashes_with(item("cat", 5, 9)),
+        hashes_with(item("cat", 6, 9)),
+        hashes_with(item("cat", 5, 10)),
+        hashes_with(item("cat", 5, 9, (1, 3, 3))),
+        hashes_with(item("cat", 5, 9, (1, 1, 9))),
+        hashes_with(item("cat", 5, 4), item("dog", 9, 5)),
+        hashes_with(item("dog", 5, 4), item("cat", 9, 5)),
+    ]
+    assert len({hashes[-1] for hashes in seen}) == len(seen)
+    assert len({hashes[0] for hashes in seen}) == len(seen)
+
+
+def test_an_image_that_begins_after_a_block_leaves_it_alone() -> None:
+    assert hashes_with(item("cat", 16, 9))[:2] == hashes_with()[:2]
+
+
+def test_one_block_at_a_time_gives_the_same_chain_with_images() -> None:
+    marks = media_marks([item("cat", 5, 9), item("dog", 20, 3)], 8)
+    parent = ROOT
+    for index, digest in enumerate(block_hashes([1] * 40, 8, ROOT, marks)):
+        assert block_hash(parent, [1] * 8, marks.get(index, b"")) == digest
+        parent = digest

@@ -6,7 +6,10 @@ A step is one pass over prefill chunks and decoding streams together::
          + Σ uncached prompt tokens × (per_token + per_token_context × their mean context)
          + decoding streams × per_sequence + tokens they hold in KV × per_kv_token
 
-The base stands for reading the weights, which one pass does once; hence the larger of the two.
+The base stands for reading the weights, which one pass does once; hence the larger of the two. Images
+are encoded beside the steps, one after the other::
+
+    image = per_image + its tokens × per_token
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ class CostModel:
     eos_probability: float = 0.0
     die_after_steps: int = 0
     kv_block_bytes: int = 64
+    encode_ms_per_image: float = 10.0
+    encode_us_per_token: float = 20.0
 
     def prefill_s(self, start: int, num_tokens: int) -> float:
         """Return the seconds of one prompt chunk, base aside; ``start`` tokens lie before it."""
@@ -57,6 +62,10 @@ class CostModel:
             + kv_tokens * self.decode_per_kv_token_ns * 1e-9
         )
 
+    def encode_s(self, num_tokens: int) -> float:
+        """Return the seconds of one image in the vision tower."""
+        return self.encode_ms_per_image * 1e-3 + num_tokens * self.encode_us_per_token * 1e-6
+
     def base_s(self, *, prefill: bool, decode: bool) -> float:
         """Return the seconds every step of these parts takes."""
         return max(self.prefill_base_ms * prefill, self.decode_base_ms * decode) * 1e-3
@@ -64,7 +73,7 @@ class CostModel:
 
 # A day per step: beyond that a cost is a slip of units, and clocks lose precision.
 _MAX_MS = 86_400_000.0
-_SECTIONS = ("prefill", "decode")
+_SECTIONS = ("prefill", "decode", "encode")
 # Fewer bytes would not tell blocks from each other; more are no block of any model.
 _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES = 16, 1 << 28
 _KEYS: dict[str, tuple[str, type, float, float]] = {
@@ -74,6 +83,8 @@ _KEYS: dict[str, tuple[str, type, float, float]] = {
     "decode.base_ms": ("decode_base_ms", float, 0, _MAX_MS),
     "decode.per_sequence_us": ("decode_per_sequence_us", float, 0, _MAX_MS),
     "decode.per_kv_token_ns": ("decode_per_kv_token_ns", float, 0, _MAX_MS),
+    "encode.ms_per_image": ("encode_ms_per_image", float, 0, _MAX_MS),
+    "encode.us_per_token": ("encode_us_per_token", float, 0, _MAX_MS),
     "eos_probability": ("eos_probability", float, 0, 1.0),
     "die_after_steps": ("die_after_steps", int, 0, 1e12),
     "kv_block_bytes": ("kv_block_bytes", int, _MIN_BLOCK_BYTES, _MAX_BLOCK_BYTES),

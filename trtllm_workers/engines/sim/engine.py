@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtllm_workers.blocks import root_hash
-from trtllm_workers.engines.acceptance import check_request
+from trtllm_workers.config.vision_model import read_vision
+from trtllm_workers.engines.acceptance import check_request, pin_media, unpin_media
 from trtllm_workers.engines.base import (
     Deliver,
     DeliverPrefilled,
@@ -19,13 +20,14 @@ from trtllm_workers.engines.base import (
 from trtllm_workers.engines.sim.checkpoint import read_checkpoint
 from trtllm_workers.engines.sim.cost import CostModel, load_cost
 from trtllm_workers.engines.sim.handoffs import Handoffs
+from trtllm_workers.engines.sim.images import SimEncoder, media_store_of, vision_of
 from trtllm_workers.engines.sim.kv_memory import ORDER, map_pool
 from trtllm_workers.engines.sim.pool import BlockPool
 from trtllm_workers.engines.sim.scheduler import OnHeld, Scheduler
 from trtllm_workers.engines.sim.step import Limits, Step
-from trtllm_workers.engines.sim.stream import Phase, Purpose, Stream
+from trtllm_workers.engines.sim.stream import Phase, Purpose, Stream, nothing_held
 from trtllm_workers.engines.sim.tokens import Vocabulary
-from trtllm_workers.errors import ConfigError, EngineDead, EngineError
+from trtllm_workers.errors import ConfigError, EngineDead, EngineError, NotSupported
 from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.transfer.media_store import MediaStore
 from trtllm_workers.types import (
@@ -85,6 +87,8 @@ class SimEngine:
         self._options = options
         self._started: _Started | None = None
         self._memory: KvPool | None = None
+        self._media: MediaStore | None = None
+        self._encoder: SimEncoder | None = None
         self._timer: asyncio.Handle | None = None
         self._step: Step | None = None
         self._firsts: list[tuple[Stream, TokenChunk]] = []  # of resumed streams, not delivered yet
@@ -127,6 +131,8 @@ class SimEngine:
             block_bytes=cost.kv_block_bytes,
         )
         eos = checkpoint.eos_token_ids
+        model = read_vision(self._options.model_path)
+        vision = None if model is None else vision_of(model, encodes=self._options.encodes)
         info = EngineInfo(
             kv_events=True,
             engine="sim",
@@ -143,7 +149,12 @@ class SimEngine:
             capabilities=CAPABILITIES,
             layout=layout,
             tensor_parallel_size=1,
+            vision=vision,
         )
+        if model is not None and vision is not None:
+            self._media = media_store_of(self._options.media)
+            if self._options.encodes:
+                self._encoder = SimEncoder(model, vision, checkpoint.model_id, cost)
         pool = BlockPool(num_blocks)
         self._memory = map_pool(layout, num_blocks)
         handoffs = Handoffs(self._memory)
@@ -164,10 +175,12 @@ class SimEngine:
 
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
         started, stream = self._accept(request, deliver, Purpose.GENERATE)
+        self._pin(stream)
         self._add(started, stream)
 
     def prefill(self, request: GenerateRequest, deliver: DeliverPrefilled) -> None:
         started, stream = self._accept(request, _tell_nobody, Purpose.PREFILL)
+        self._pin(stream)
         stream.deliver, stream.on_held = _as_prefilled(stream, deliver, started.loop.time)
         self._add(started, stream)
 
@@ -177,6 +190,7 @@ class SimEngine:
         started = self._started
         if started is None or self._death or self._closed:
             raise EngineError(f"request {request_id}: the sim engine {self._state()}")
+        self._pin_reserved(started, request_id)
         stream = started.scheduler.prefill_reserved(request_id, num_filled_blocks)
         stream.deliver, stream.on_held = _as_prefilled(stream, deliver, started.loop.time)
         self._wake(started)
@@ -204,6 +218,8 @@ class SimEngine:
         started = self._started
         if started is None or self._death or self._closed:
             raise EngineError(f"request {request_id}: the sim engine {self._state()}")
+        if first is None:
+            self._pin_reserved(started, request_id)
         stream = started.scheduler.resume(request_id, first, deliver)
         if first is not None:
             self._firsts.append((stream, first))
@@ -226,11 +242,11 @@ class SimEngine:
 
     @property
     def media_store(self) -> MediaStore | None:
-        return None
+        return self._media
 
     @property
     def encoder(self) -> ImageEncoder | None:
-        return None
+        return self._encoder
 
     async def holdings(self) -> Mapping[str, int]:
         return {} if self._started is None else self._started.scheduler.holdings()
@@ -255,7 +271,7 @@ class SimEngine:
         self._closed = True
         self._stop(FinishReason.ABORT)
         # The last reference here; whoever still looks at the blocks keeps their pages.
-        self._memory = None
+        self._memory = self._media = self._encoder = None
 
     def _accept(
         self, request: GenerateRequest, deliver: Deliver, purpose: Purpose
@@ -265,6 +281,11 @@ class SimEngine:
         if started is None or self._death or self._closed:
             raise EngineDead(f"the sim engine {self._state()} and takes no request")
         info, limits = started.info, started.limits
+        if not self._options.generates:
+            raise NotSupported(
+                f"request {request.request_id}: this worker encodes images and generates nothing",
+                param="model",
+            )
         check_request(
             request,
             info,
@@ -283,6 +304,19 @@ class SimEngine:
             root=root_hash(info.model_id, request.cache_salt),
             reuse=limits.reuse,
         )
+
+    def _pin(self, stream: Stream) -> None:
+        """Keep the bytes of a stream's images until it ends. Raises EngineError when they are not here."""
+        store, pinned = self._media, pin_media(stream.request, self._media)
+        if pinned:
+            stream.on_ended = lambda: unpin_media(store, pinned)
+
+    def _pin_reserved(self, started: _Started, request_id: str) -> None:
+        stream = started.scheduler.streams.get(request_id)
+        if stream is not None and stream.phase is Phase.RESERVED:
+            stream.on_ended()  # what an earlier attempt, which was refused, has pinned
+            stream.on_ended = nothing_held
+            self._pin(stream)
 
     def _add(self, started: _Started, stream: Stream) -> None:
         started.scheduler.add(stream)

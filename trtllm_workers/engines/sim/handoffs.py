@@ -138,4 +138,5 @@ class Handoffs:
 
     def _digests(self, stream: Stream) -> list[bytes]:
         prompt = stream.tokens[: stream.prompt_len]
-        return list(prompt_digests(prompt, self._memory.layout.block_size, stream.root))
+        block_size = self._memory.layout.block_size
+        return list(prompt_digests(prompt, block_size, stream.root, stream.marks))

@@ -1,6 +1,6 @@
 """The memory behind the sim engine's block ids, and what stands in it for KV. Knows no request.
 
-A block's bytes follow from the tokens it stands for, all tokens before it, the model and the cache
+A block's bytes follow from the tokens and images it stands for, all before it, the model and the cache
 salt. So blocks can really move between workers, and one that did not arrive is found out.
 """
 
@@ -10,12 +10,13 @@ import mmap
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b, shake_128
 
-from trtllm_workers.blocks import block_hash
+from trtllm_workers.blocks import Marks, block_hash
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.types import KvLayout
 
 ORDER = "digest"
+_NO_MARKS: Marks = {}
 
 # Large blocks repeat themselves, for hashing megabytes would hold up the event loop. A prime, so that
 # bytes shifted by pages or cache lines are still wrong ones.
@@ -40,11 +41,13 @@ def map_pool(layout: KvLayout, num_blocks: int) -> KvPool:
     return KvPool(layout, num_blocks, memoryview(pages))
 
 
-def prompt_digests(tokens: Sequence[int], block_size: int, root: bytes) -> Iterator[bytes]:
+def prompt_digests(
+    tokens: Sequence[int], block_size: int, root: bytes, marks: Marks = _NO_MARKS
+) -> Iterator[bytes]:
     """Yield the chained hash of each block of a prompt, the last perhaps partly filled."""
     parent = root
-    for start in range(0, len(tokens), block_size):
-        parent = block_hash(parent, tokens[start : start + block_size])
+    for index, start in enumerate(range(0, len(tokens), block_size)):
+        parent = block_hash(parent, tokens[start : start + block_size], marks.get(index, b""))
         yield parent
 
 

@@ -125,6 +125,7 @@ class Scheduler:
         for stream in streams:
             stream.phase = Phase.ENDED
             stream.blocks = []
+            stream.on_ended()
         self._left = True
         self._sweep()
         for stream in streams:
@@ -370,6 +371,7 @@ class Scheduler:
         del self._streams[stream.request_id]
         self._waiting.pop(stream.request_id, None)
         self._handoffs.drop(stream.request_id)
+        stream.on_ended()
 
     def _drop_aborted(self) -> None:
         while self._aborting:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from enum import Enum, auto
 
-from trtllm_workers.blocks import block_hash, block_hashes
+from trtllm_workers.blocks import block_hash, block_hashes, media_marks
 from trtllm_workers.engines.base import Deliver
 from trtllm_workers.engines.sim.tokens import Continuation, Vocabulary
 from trtllm_workers.types import GenerateRequest, TokenChunk
@@ -47,7 +47,8 @@ class Stream:
     the first ``num_shared`` of ``blocks`` are shared under them, the others are private. At index
     ``pause`` the next token needs more than a look into ``tokens``. ``deliver`` gets the chunks, and
     the end; ``on_held`` is called once the blocks of a handoff are held, with the first token if it
-    was computed here. ``started_s`` is when its first step began.
+    was computed here. ``on_ended`` is called once, when it holds nothing any more. ``marks`` are what the
+    hashes of blocks with images cover besides tokens. ``started_s`` is when its first step began.
     """
 
     __slots__ = (
@@ -61,9 +62,11 @@ class Stream:
         "deliver",
         "hashes",
         "limit",
+        "marks",
         "num_computed",
         "num_known",
         "num_shared",
+        "on_ended",
         "on_held",
         "pause",
         "phase",
@@ -97,6 +100,7 @@ class Stream:
         self.request_id = request.request_id
         self.deliver = deliver
         self.on_held: Callable[[TokenChunk | None], None] = _ignore
+        self.on_ended: Callable[[], None] = nothing_held
         self.purpose = purpose
         self.arrival = arrival
         self.tokens = list(request.prompt_token_ids)
@@ -114,7 +118,8 @@ class Stream:
         self.stop_index = NO_STOP
         self.root = root
         self.reuse = reuse
-        self.hashes = block_hashes(self.tokens, block_size, root) if reuse else []
+        self.marks = media_marks(request.media, block_size)
+        self.hashes = block_hashes(self.tokens, block_size, root, self.marks) if reuse else []
         self.wrong_kv = b""
         self.request = request
         self._vocabulary = vocabulary
@@ -129,7 +134,8 @@ class Stream:
         while len(self.hashes) < num_blocks:
             start = len(self.hashes) * block_size
             parent = self.hashes[-1] if self.hashes else self.root
-            self.hashes.append(block_hash(parent, self.tokens[start : start + block_size]))
+            mark = self.marks.get(len(self.hashes), b"")
+            self.hashes.append(block_hash(parent, self.tokens[start : start + block_size], mark))
 
     def stop_sharing(self) -> None:
         """Share no further block: what its blocks hold is not the KV of its tokens."""
@@ -161,8 +167,14 @@ class Stream:
             stop_ids=frozenset(sampling.stop_token_ids),
             stop_from=self.prompt_len + sampling.min_tokens,
             eos_probability=self._eos_probability,
+            # As if the prompt were one block: every image, where it is and how large.
+            images=b"".join(media_marks(self.request.media, self.prompt_len).values()),
             wrong_kv=self.wrong_kv,
         )
+
+
+def nothing_held() -> None:
+    """Nothing is held besides blocks."""
 
 
 def _ignore(_first: TokenChunk | None) -> None:

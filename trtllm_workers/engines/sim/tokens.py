@@ -34,7 +34,8 @@ class Continuation:
 
     ``seed`` None is greedy; else another sequence per seed. ``stop_ids`` end the sequence but are
     never made before index ``stop_from``; ``eos_probability`` is the chance of eos from there on.
-    ``wrong_kv`` is what was found in place of the prompt's KV; it leads the sequence astray.
+    ``images`` are what the prompt shows besides tokens. ``wrong_kv`` is what was found in place of the
+    prompt's KV; it leads the sequence astray.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Continuation:
         stop_ids: frozenset[int] = frozenset(),
         stop_from: int = 0,
         eos_probability: float = 0.0,
+        images: bytes = b"",
         wrong_kv: bytes = b"",
     ) -> None:
         self._vocabulary = vocabulary
@@ -58,6 +60,8 @@ class Continuation:
         self._hash = blake2b(digest_size=8, key=vocabulary.key)
         if seed is not None:
             self._hash.update(b"seed %d " % seed)
+        if images:
+            self._hash.update(b"images " + images)
         if wrong_kv:
             self._hash.update(b"wrong KV " + wrong_kv)
         whole = len(tokens) - len(tokens) % SEGMENT_TOKENS

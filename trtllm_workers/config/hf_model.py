@@ -37,13 +37,13 @@ def read_hf_model(folder: Path) -> HfModel:
             param="model_path",
         )
     path = folder / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     if config is None:
         raise ConfigError(
             f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint",
             param="model_path",
         )
-    generation = _read_json(folder / "generation_config.json") or {}
+    generation = read_json(folder / "generation_config.json") or {}
     text = config.get("text_config")  # multimodal checkpoints keep their language model here
     text = {**config, **text} if isinstance(text, dict) else config
     eos = _ids(generation.get("eos_token_id")) or _ids(text.get("eos_token_id"))
@@ -62,7 +62,8 @@ def read_hf_model(folder: Path) -> HfModel:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return a file's JSON object, None where there is no file. Raises ConfigError for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Container, Sequence
 
 from trtllm_workers.errors import ContextTooLong, EngineError, NotSupported, RequestError
-from trtllm_workers.types import EngineInfo, GenerateRequest, SamplingParams
+from trtllm_workers.transfer.media_store import Entry, MediaStore
+from trtllm_workers.types import EngineInfo, GenerateRequest, SamplingParams, VisionInfo
 
 _DEFAULTS = SamplingParams(max_tokens=1)
 _FIELDS = SamplingParams.__struct_fields__
@@ -45,6 +46,7 @@ def check_request(
             f"engine {info.engine} has no adapter '{request.lora}'; {held}", param="model"
         )
     _check_prompt(request.prompt_token_ids, info.vocab_size)
+    check_media(request, info)
     _check_sampling(sampling, info.vocab_size)
     _check_length(len(request.prompt_token_ids), sampling.max_tokens, info, chunked_prefill)
     if request.request_id in running:
@@ -52,6 +54,74 @@ def check_request(
             f"request_id '{request.request_id}' is running already; ids must be unique",
             param="request_id",
         )
+
+
+def check_media(request: GenerateRequest, info: EngineInfo) -> None:
+    """Raise RequestError unless images and the placeholder tokens of the prompt are each other's."""
+    vision = info.vision
+    if vision is None:
+        if request.media:
+            raise NotSupported(
+                f"model {info.model_id} on engine {info.engine} takes text only; send no images",
+                param="media",
+            )
+        return
+    tokens, placeholder = request.prompt_token_ids, vision.image_token_id
+    end = 0
+    for number, item in enumerate(request.media):
+        first, end_before = item.offset, end
+        end = first + item.num_tokens
+        if item.num_tokens < 1 or first < end_before or end > len(tokens):
+            raise RequestError(
+                f"image {number} takes {item.num_tokens} tokens from {first} on, which is not after the "
+                f"image before it (to {end_before}) and inside the prompt's {len(tokens)}",
+                param="media",
+            )
+        if any(token != placeholder for token in tokens[first:end]):
+            raise RequestError(
+                f"image {number} stands where the prompt has other tokens than placeholders "
+                f"({placeholder})",
+                param="media",
+            )
+        _check_kind(number, item.grid is not None, vision)
+    if tokens.count(placeholder) != sum(item.num_tokens for item in request.media):
+        raise RequestError(
+            f"the prompt holds placeholder tokens ({placeholder}, {vision.placeholder!r}) that stand for "
+            "no image; leave them out, they have no meaning of their own",
+            param="prompt_token_ids",
+        )
+
+
+def _check_kind(number: int, has_grid: bool, vision: VisionInfo) -> None:
+    if has_grid != vision.uses_grid:
+        wrong = "no grid, which" if vision.uses_grid else "a grid, which no"
+        raise RequestError(
+            f"image {number} has {wrong} model of family {vision.family} uses", param="media"
+        )
+
+
+def pin_media(request: GenerateRequest, store: MediaStore | None) -> list[Entry]:
+    """Pin the bytes of a request's images, in order. Raises EngineError, pinning none, if some are not here."""
+    pinned: list[Entry] = []
+    if not request.media:
+        return pinned
+    for number, item in enumerate(request.media):
+        entry = None if store is None else store.pin(item.digest)
+        if entry is None:
+            unpin_media(store, pinned)
+            raise EngineError(
+                f"request {request.request_id}: the bytes of image {number} are not here; they must be "
+                "fetched before the prompt is computed"
+            )
+        pinned.append(entry)
+    return pinned
+
+
+def unpin_media(store: MediaStore | None, entries: Sequence[Entry]) -> None:
+    """Take the pins of ``pin_media`` back."""
+    if store is not None:
+        for entry in entries:
+            store.unpin(entry)
 
 
 def _check_prompt(tokens: Sequence[int], vocab_size: int) -> None:

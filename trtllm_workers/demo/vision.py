@@ -231,11 +231,12 @@ def _empty_model(folder: Path, family: str) -> torch.nn.Module:
     """Return a model without weights, for their names and shapes."""
     import transformers
 
-    kind = {
+    kinds: Mapping[str, Any] = {
         "llava": transformers.LlavaForConditionalGeneration,
         "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
         "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
-    }[family]
+    }
+    kind = kinds[family]
     config = kind.config_class.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model: torch.nn.Module = kind(config)

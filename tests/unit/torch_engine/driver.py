@@ -7,11 +7,14 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from trtllm_workers.engines.acceptance import pin_media
+from trtllm_workers.engines.torch.accept import rows_of
 from trtllm_workers.engines.torch.core import Core
 from trtllm_workers.engines.torch.loading import Loaded
-from trtllm_workers.engines.torch.sequence import Purpose
+from trtllm_workers.engines.torch.sequence import Purpose, Rows
 from trtllm_workers.types import (
     GenerateRequest,
+    MediaItem,
     Prefilled,
     Reservation,
     SamplingParams,
@@ -26,7 +29,12 @@ def prompt_of(seed: int, length: int, vocab_size: int = 512) -> list[int]:
 
 
 def request_of(
-    prompt: Sequence[int], max_tokens: int = 12, *, cache_salt: str = "", **sampling: Any
+    prompt: Sequence[int],
+    max_tokens: int = 12,
+    *,
+    cache_salt: str = "",
+    media: Sequence[MediaItem] = (),
+    **sampling: Any,
 ) -> GenerateRequest:
     fields = {"temperature": 0.0, "ignore_eos": True, **sampling}
     return GenerateRequest(
@@ -34,6 +42,7 @@ def request_of(
         prompt_token_ids=list(prompt),
         sampling=SamplingParams(max_tokens=max_tokens, **fields),
         cache_salt=cache_salt,
+        media=tuple(media),
     )
 
 
@@ -42,6 +51,7 @@ class Driver:
 
     def __init__(self, loaded: Loaded, *, reuse: bool, chunked: bool) -> None:
         self.core: Core[str] = Core(loaded, reuse=reuse, chunked_prefill=chunked)
+        self.requests: dict[str, GenerateRequest] = {}
         self.chunks: dict[str, list[TokenChunk]] = {}
         self.prefilled: dict[str, Prefilled] = {}
         self.reservations: dict[str, Reservation] = {}
@@ -55,7 +65,9 @@ class Driver:
         **options: Any,
     ) -> str:
         request = request_of(prompt, max_tokens, **options)
-        self.core.add(request.request_id, request, purpose)
+        rows = () if purpose is Purpose.RESERVE else self.rows(request)
+        self.core.add(request.request_id, request, purpose, rows=rows)
+        self.requests[request.request_id] = request
         self.chunks[request.request_id] = []
         return request.request_id
 
@@ -65,10 +77,18 @@ class Driver:
     def reserve(self, prompt: Sequence[int], max_tokens: int = 12, **options: Any) -> str:
         return self.add(prompt, max_tokens, purpose=Purpose.RESERVE, **options)
 
+    def rows(self, request: GenerateRequest) -> Rows:
+        """Return where a request's images lie in the store; they stay pinned."""
+        vision = self.core.loaded.vision
+        if vision is None:
+            return ()
+        return rows_of(request, pin_media(request, vision.store), vision.store)
+
     def resume(self, key: str, first: TokenChunk | None) -> None:
         if first is not None:
             self.chunks[key].append(first)
-        self.core.resume(key, first)
+        rows = () if first is not None else self.rows(self.requests[key])
+        self.core.resume(key, first, rows)
 
     def step(self) -> None:
         for key, result in self.core.step():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -55,6 +55,15 @@ class Checkpoint:
         trace: TracebackType | None,
     ) -> None:
         self._open.clear()
+
+    @property
+    def names(self) -> Collection[str]:
+        """All tensors of the folder."""
+        return self._places.keys()
+
+    def first_of(self, *names: str) -> str:
+        """Return the first of these names that is here, or the first of all where none is."""
+        return next((name for name in names if name in self._places), names[0])
 
     def take(self, name: str, *shape: int, part: Part | None = None) -> torch.Tensor:
         """Return one tensor, its shape checked; with ``part`` nothing else of it is read."""

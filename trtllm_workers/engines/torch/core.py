@@ -16,11 +16,12 @@ import torch
 from trtllm_workers.blocks import root_hash
 from trtllm_workers.engines.torch.attention import Span
 from trtllm_workers.engines.torch.loading import Loaded
-from trtllm_workers.engines.torch.model import Batch
+from trtllm_workers.engines.torch.model import Batch, InSpace
 from trtllm_workers.engines.torch.pool import BlockPool
 from trtllm_workers.engines.torch.sampling import Sampled, sample
 from trtllm_workers.engines.torch.scheduler import Limits, Scheduler, Step
-from trtllm_workers.engines.torch.sequence import Purpose, Sequence
+from trtllm_workers.engines.torch.sequence import Purpose, Rows, Sequence
+from trtllm_workers.engines.torch.vision.mrope import Positions
 from trtllm_workers.errors import EngineError
 from trtllm_workers.observe.logs import get_logger
 from trtllm_workers.types import (
@@ -102,11 +103,12 @@ class Core(Generic[Key]):
         request: GenerateRequest,
         purpose: Purpose = Purpose.GENERATE,
         arrived_s: float | None = None,
+        rows: Rows = (),
     ) -> None:
-        """Queue an accepted request."""
+        """Queue an accepted request; unless it is only to be reserved, with the rows of its images."""
         info = self.loaded.info
         root = root_hash(info.model_id, request.cache_salt)
-        sequence = Sequence(request, self._num_arrived, root, info.block_size, purpose)
+        sequence = Sequence(request, self._num_arrived, root, info.block_size, purpose, rows)
         self._num_arrived += 1
         self._sequences[key] = sequence
         self._keys[sequence.arrival] = key
@@ -138,7 +140,7 @@ class Core(Generic[Key]):
         if sequence is not None and sequence in self.scheduler.pinned:
             self._finish(sequence)
 
-    def resume(self, key: Key, first: TokenChunk | None) -> None:
+    def resume(self, key: Key, first: TokenChunk | None, rows: Rows = ()) -> None:
         """Go on with a reserved request: after the tokens of ``first``, or by computing its prompt.
 
         ``first`` has at least one token and fewer than ``max_tokens``, or a finish_reason. Of a
@@ -152,13 +154,16 @@ class Core(Generic[Key]):
         if first is not None and first.finish_reason is not None:
             self._finish(sequence)  # nothing was pinned for it, so nothing was brought
             return
+        sequence.rows = rows
         self.scheduler.resume(sequence, filled=first is not None)
         if first is not None:
             sequence.cached_tokens = first.cached_tokens
             for token in first.token_ids:
                 sequence.append(token)
 
-    def prefill_reserved(self, key: Key, num_filled_blocks: int, asked_s: float) -> None:
+    def prefill_reserved(
+        self, key: Key, num_filled_blocks: int, asked_s: float, rows: Rows = ()
+    ) -> None:
         """Compute a reserved request's prompt after its first blocks, whose KV is there, and pin it.
 
         Of a request that is not reserved (any more) does nothing.
@@ -169,6 +174,7 @@ class Core(Generic[Key]):
         self._is_stuck = False
         self._held_by = None
         self._times[sequence.arrival] = _Times(asked_s)
+        sequence.rows = rows
         self.scheduler.prefill_reserved(sequence, num_filled_blocks)
 
     def holdings(self) -> dict[str, int]:
@@ -188,6 +194,7 @@ class Core(Generic[Key]):
         """Decide the next step and return the reservations made."""
         scheduler = self.scheduler
         step = self._step = scheduler.plan()
+        self._save_and_restore(step)
         if step.reserved:
             self._held_by = None
         elif not step:
@@ -211,7 +218,7 @@ class Core(Generic[Key]):
                 times = self._times.get(sequence.arrival)
                 if times is not None and times.started_s is None:
                     times.started_s = now_s
-        batch, self._computed = _batch_of(self._step)
+        batch, self._computed = _batch_of(self._step, self.loaded.media_rows)
         return self.loaded.model.forward(batch, self.loaded.memory)
 
     def finish(self, chosen: Seq[Sampled]) -> list[tuple[Key, Result]]:
@@ -256,6 +263,15 @@ class Core(Generic[Key]):
         )
 
     # -------------------------------------------------------------------------------------------
+
+    def _save_and_restore(self, step: Step) -> None:
+        memory = self.loaded.memory
+        for sequence, blocks in step.saved:
+            sequence.saved = [bytes(memory.export_block(block)) for block in blocks]
+        for sequence, first, blocks in step.restored:
+            for at, block in enumerate(blocks, start=first):
+                memory.import_block(block, sequence.saved[at])
+            sequence.saved = []
 
     def _sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
         if not sequences:
@@ -351,7 +367,7 @@ def _num_distinct(sequences: Seq[Sequence]) -> int:
     return len({block for sequence in sequences for block in sequence.blocks})
 
 
-def _batch_of(step: Step) -> tuple[Batch, list[Sequence]]:
+def _batch_of(step: Step, media_rows: torch.Tensor | None) -> tuple[Batch, list[Sequence]]:
     """Return a step's rows, and the sequences whose last row ends their tokens."""
     batch = Batch([], [], [], [])
     sampling: list[Sequence] = []
@@ -362,8 +378,33 @@ def _batch_of(step: Step) -> tuple[Batch, list[Sequence]]:
         end = first + count
         batch.spans.append(Span(len(batch.positions), first, count, sequence.blocks))
         batch.token_ids.extend(sequence.tokens[first:end])
-        batch.positions.extend(range(first, end))
+        if media_rows is not None and first < sequence.num_prompt:
+            _give_rows(batch, sequence, first, end, media_rows)
+        if sequence.positions is None:
+            batch.positions.extend(range(first, end))
+        else:
+            _place_in_space(batch, sequence.positions, first, end)
         if end == len(sequence.tokens):
             batch.last_rows.append(len(batch.positions) - 1)
             sampling.append(sequence)
     return batch, sampling
+
+
+def _give_rows(
+    batch: Batch, sequence: Sequence, first: int, end: int, media_rows: torch.Tensor
+) -> None:
+    """Have those rows of tokens [first, end) that stand for images be what the images became."""
+    row = len(batch.positions) - first  # of token 0
+    for token, source, count in sequence.rows:
+        begin, until = max(token, first), min(token + count, end)
+        if begin < until:
+            at = source + begin - token
+            batch.given.append((row + begin, media_rows[at : at + until - begin]))
+
+
+def _place_in_space(batch: Batch, positions: Positions, first: int, end: int) -> None:
+    """Add the positions of tokens [first, end)."""
+    row = len(batch.positions) - first
+    batch.positions.extend(positions.along_time(first, end))
+    for begin, axes in positions.in_images(first, end):
+        batch.in_space.append(InSpace(row + begin, axes))

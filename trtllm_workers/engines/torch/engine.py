@@ -9,7 +9,12 @@ from typing import Any
 
 import msgspec
 
-from trtllm_workers.engines.acceptance import check_filled, check_request
+from trtllm_workers.engines.acceptance import (
+    check_filled,
+    check_request,
+    pin_media,
+    unpin_media,
+)
 from trtllm_workers.engines.base import (
     Deliver,
     DeliverPrefilled,
@@ -18,12 +23,14 @@ from trtllm_workers.engines.base import (
     ImageEncoder,
 )
 from trtllm_workers.engines.event_log import KvEventLog
-from trtllm_workers.engines.torch.accept import check_first
+from trtllm_workers.engines.torch.accept import check_first, check_grids, rows_of
 from trtllm_workers.engines.torch.core import Result
+from trtllm_workers.engines.torch.encoding import EncodingEngine
 from trtllm_workers.engines.torch.orders import Abort, Add, PrefillReserved, Release, Resume
 from trtllm_workers.engines.torch.runner import Outcome, Runner, Started
-from trtllm_workers.engines.torch.sequence import Purpose
+from trtllm_workers.engines.torch.sequence import Purpose, Rows
 from trtllm_workers.engines.torch.streams import HELD, Phase, Stream, reason_of
+from trtllm_workers.engines.torch.vision.loading import Vision
 from trtllm_workers.errors import EngineDead, EngineError, LaunchError
 from trtllm_workers.observe.logs import get_logger
 from trtllm_workers.transfer.base import KvPool
@@ -44,9 +51,9 @@ log = get_logger(__name__)
 _CLOSE_TIMEOUT_S = 60.0
 
 
-def build(options: EngineOptions) -> TorchEngine:
+def build(options: EngineOptions) -> TorchEngine | EncodingEngine:
     """Build a torch engine; nothing is read before ``start``."""
-    return TorchEngine(options)
+    return TorchEngine(options) if options.generates else EncodingEngine(options)
 
 
 class TorchEngine:
@@ -67,6 +74,7 @@ class TorchEngine:
         self._events = KvEventLog()
         self._stats = EngineStats()
         self._kv_pool: KvPool | None = None
+        self._vision: Vision | None = None
         self._questions: set[asyncio.Future[Mapping[str, int]]] = set()
         self._num_streams = 0
         self._num_submitted = 0
@@ -93,6 +101,7 @@ class TorchEngine:
             raise result
         self._info = result.info
         self._kv_pool = result.kv_pool
+        self._vision = result.vision
         return result.info
 
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
@@ -107,7 +116,7 @@ class TorchEngine:
     def release(self, request_id: str) -> None:
         stream = self._streams.get(request_id)
         if stream is not None and stream.phase is Phase.PINNED and self._runner is not None:
-            del self._streams[request_id]
+            self._forget(stream)
             self._runner.order(Release(stream))
 
     def resume(
@@ -117,13 +126,14 @@ class TorchEngine:
         stream = self._reserved(request_id)
         if first is not None:
             check_first(stream.request, first, info)
+        rows = self._pin(stream) if first is None else ()
         stream.deliver = deliver
         stream.phase = Phase.STREAMING
         if first is not None:
             # Not through the thread: the first token need not wait for the step at hand. Before the
             # order: what the thread makes of that is called after this.
             loop.call_soon(self._deliver, stream, first)
-        runner.order(Resume(stream, first))
+        runner.order(Resume(stream, first, rows))
 
     def prefill_reserved(
         self, request_id: str, num_filled_blocks: int, deliver: DeliverPrefilled
@@ -131,9 +141,10 @@ class TorchEngine:
         runner, info, _loop = self._alive(request_id)
         stream = self._reserved(request_id)
         check_filled(stream.request, num_filled_blocks, info.block_size)
+        rows = self._pin(stream)
         stream.deliver = deliver
         stream.phase = Phase.PREFILLING
-        runner.order(PrefillReserved(stream, num_filled_blocks, time.monotonic()))
+        runner.order(PrefillReserved(stream, num_filled_blocks, time.monotonic(), rows))
 
     def abort(self, request_id: str) -> None:
         stream = self._streams.get(request_id)
@@ -141,7 +152,7 @@ class TorchEngine:
             return
         stream.aborted = True
         if stream.phase in HELD:
-            del self._streams[request_id]
+            self._forget(stream)
         self._runner.order(Abort(stream))
 
     @property
@@ -150,11 +161,11 @@ class TorchEngine:
 
     @property
     def media_store(self) -> MediaStore | None:
-        return None
+        return None if self._vision is None else self._vision.store
 
     @property
     def encoder(self) -> ImageEncoder | None:
-        return None
+        return None if self._vision is None else self._vision.encoder
 
     async def holdings(self) -> Mapping[str, int]:
         if self._loop is None or self._runner is None or self._closed or self._death is not None:
@@ -204,6 +215,7 @@ class TorchEngine:
         self._runner = None
         self._kv_pool = None
         self._end_open(TokenChunk((), finish_reason=FinishReason.ABORT))
+        self._vision = None
         self._events.close()
 
     # --- on the loop ---------------------------------------------------------------------------
@@ -230,11 +242,37 @@ class TorchEngine:
     ) -> None:
         runner, info, _loop = self._alive(request.request_id)
         check_request(request, info, chunked_prefill=self._chunked_prefill, running=self._streams)
+        check_grids(request)
         self._num_streams += 1
         stream = Stream(request, deliver, purpose, self._num_streams)
+        rows = () if purpose is Purpose.RESERVE else self._pin(stream)
         self._streams[request.request_id] = stream
         self._num_submitted += 1
-        runner.order(Add(stream, request, purpose, stream.arrived_s))
+        runner.order(Add(stream, request, purpose, stream.arrived_s, rows))
+
+    def _pin(self, stream: Stream) -> Rows:
+        """Hold the images of a prompt that is to be computed; return where their rows lie.
+
+        Raises EngineError, holding none, when one is not here.
+        """
+        request, vision = stream.request, self._vision
+        if vision is None or not request.media:
+            return ()
+        entries = pin_media(request, vision.store)
+        try:
+            rows = rows_of(request, entries, vision.store)
+        except EngineError:
+            unpin_media(vision.store, entries)
+            raise
+        stream.pinned = entries
+        return rows
+
+    def _forget(self, stream: Stream) -> None:
+        """Let go of what a stream has here; the engine's thread reads none of it any more."""
+        del self._streams[stream.request.request_id]
+        if stream.pinned and self._vision is not None:
+            unpin_media(self._vision.store, stream.pinned)
+        stream.pinned = ()
 
     # --- from the engine thread ----------------------------------------------------------------
 
@@ -267,7 +305,7 @@ class TorchEngine:
             return  # held until it was released or aborted; nobody waits for word of it
         reason = reason_of(result)
         if reason is not None:
-            del self._streams[stream.request.request_id]
+            self._forget(stream)
         if stream.aborted and reason is not FinishReason.ERROR:
             # The thread runs ahead of a loop that is late: its backlog is not for this stream.
             if reason is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from trtllm_workers.config.keys import EngineConfig
+from trtllm_workers.config.media import MediaSettings
 from trtllm_workers.engines.torch.accept import CAPABILITIES
 from trtllm_workers.engines.torch.attention import QUERY_TILE
 from trtllm_workers.engines.torch.checkpoint import Checkpoint, model_id_of, weight_files
@@ -24,6 +25,7 @@ from trtllm_workers.engines.torch.model_config import ModelConfig, read_model_co
 from trtllm_workers.engines.torch.pool_size import block_layout, make_memory
 from trtllm_workers.engines.torch.ranks import ALONE, Ranks
 from trtllm_workers.engines.torch.tensor_parallel import check_divisible
+from trtllm_workers.engines.torch.vision.loading import Vision, load_encoder, make_vision
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.observe.logs import get_logger
 from trtllm_workers.transfer.base import KvPool
@@ -47,7 +49,7 @@ class Loaded:
     """What the engine thread steps with.
 
     ``deterministic``: rows do not depend on their batch. ``any_num_threads``: nor on the number of
-    threads, so that it may change between steps.
+    threads, so that it may change between steps. ``vision`` is what it takes images with; None: text only.
     """
 
     model: Model
@@ -55,6 +57,12 @@ class Loaded:
     info: EngineInfo
     deterministic: bool
     any_num_threads: bool
+    vision: Vision | None = None
+
+    @property
+    def media_rows(self) -> torch.Tensor | None:
+        """The rows of all images that are here; None: text only."""
+        return None if self.vision is None else self.vision.rows
 
     def kv_pool(self) -> KvPool | None:
         """Return the blocks as transports see them; None where not all of them are in host memory."""
@@ -67,8 +75,13 @@ def load(
     on_progress: Callable[[float], None],
     num_threads: int | None = None,
     ranks: Ranks = ALONE,
+    *,
+    media: MediaSettings | None = None,
+    encodes: bool = True,
 ) -> Loaded:
     """Load a model folder, or one rank's part of it; all ranks call it at the same time.
+
+    Of a model that takes images the vision tower too, unless it need not encode.
 
     Raises ConfigError, on every rank, for what the operator can mend. Sets torch's thread count, for
     the process, to ``num_threads`` or what suits the model.
@@ -76,7 +89,9 @@ def load(
     plan = ranks.together(lambda: _plan(folder, config, ranks))
     _check_alike(plan, config, ranks)
     torch.set_num_threads(num_threads or (1 if plan.is_small else _ALL_THREADS))
-    model, deterministic = _load_model(folder, plan, config, on_progress, ranks)
+    progress = _Progress(on_progress)
+    model, deterministic = _load_model(folder, plan, config, progress, ranks)
+    vision = _load_vision(folder, plan, media or MediaSettings(), encodes, progress)
     memory = make_memory(
         config, plan.model_config, plan.dtype, plan.device, plan.max_seq_len, ranks
     )
@@ -98,9 +113,10 @@ def load(
         device=str(plan.device),
         dtype=layout.dtype,
         tensor_parallel_size=ranks.size,
+        vision=None if vision is None else vision.info,
     )
     any_num_threads = ranks.all(ForwardCheck(model, memory.block_size).threads_do_not_matter())
-    loaded = Loaded(model, memory, info, deterministic, any_num_threads)
+    loaded = Loaded(model, memory, info, deterministic, any_num_threads, vision)
     log.info(
         "model loaded",
         model=info.model_id,
@@ -114,10 +130,75 @@ def load(
         num_threads=torch.get_num_threads(),
         rank=ranks.rank,
         num_ranks=ranks.size,
+        encodes=vision is not None and vision.info.encodes,
     )
     if loaded.kv_pool() is None:
         log.info("KV blocks cannot be moved by a transport", reason=_why_no_pool(plan.device))
     return loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Eyes:
+    """What an engine that only encodes has. ``block_size`` is what its language model would have."""
+
+    vision: Vision
+    info: EngineInfo
+
+
+def load_eyes(
+    folder: Path,
+    config: EngineConfig,
+    on_progress: Callable[[float], None],
+    media: MediaSettings,
+    num_threads: int | None = None,
+) -> Eyes:
+    """Load a model's vision tower alone. Raises ConfigError for what the operator can mend."""
+    plan = _plan(folder, config, ALONE)
+    model = plan.model_config.vision
+    if model is None:
+        raise ConfigError(
+            f"{folder}: this model takes text only, so there is nothing to encode; give role encode a "
+            "model of images and text",
+            param="model_path",
+        )
+    torch.set_num_threads(num_threads or _ALL_THREADS)
+    vision = _load_vision(folder, plan, media, True, on_progress)
+    assert vision is not None  # as there is a model of it
+    info = EngineInfo(
+        engine="torch",
+        model_path=str(folder),
+        model_id=plan.model_id,
+        block_size=config["kv_cache_config.tokens_per_block"],
+        num_blocks=0,
+        max_seq_len=plan.max_seq_len,
+        max_batch_size=0,
+        max_num_tokens=0,
+        vocab_size=plan.model_config.vocab_size,
+        eos_token_ids=plan.model_config.eos_token_ids,
+        device=str(plan.device),
+        dtype=vision.info.dtype,
+        tensor_parallel_size=1,
+        vision=vision.info,
+    )
+    log.info("vision tower loaded", model=info.model_id, device=info.device, dtype=info.dtype)
+    return Eyes(vision, info)
+
+
+class _Progress:
+    """Shares of one checkpoint that is read in several goes: each begins where the last one ended."""
+
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self._tell = tell
+        self._before = self._last = 0.0
+
+    def __call__(self, share: float) -> None:
+        """Tell the share of this go and all before it."""
+        self._last = share
+        self._tell(min(1.0, self._before + share))
+
+    def next_go(self) -> None:
+        """Count on from here."""
+        self._before += self._last
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +216,12 @@ class _Plan:
 
 def _plan(folder: Path, config: EngineConfig, ranks: Ranks) -> _Plan:
     model_config = read_model_config(folder)
+    if model_config.vision is not None and ranks.size > 1:
+        raise ConfigError(
+            f"{folder}: a model of images and text runs on one rank of the torch engine; set "
+            f"tensor_parallel_size to 1 ({config.source('tensor_parallel_size')} says {ranks.size})",
+            param="tensor_parallel_size",
+        )
     check_divisible(model_config, ranks.size, config.source("tensor_parallel_size"), folder)
     weights_bytes = sum(path.stat().st_size for path in weight_files(folder)) // ranks.size
     device = _device(ranks)
@@ -148,6 +235,32 @@ def _plan(folder: Path, config: EngineConfig, ranks: Ranks) -> _Plan:
         max_seq_len=_max_seq_len(config, model_config),
         is_small=weights_bytes < _ONE_THREAD_BYTES,
     )
+
+
+def _load_vision(
+    folder: Path,
+    plan: _Plan,
+    media: MediaSettings,
+    encodes: bool,
+    on_progress: Callable[[float], None],
+) -> Vision | None:
+    model = plan.model_config.vision
+    if model is None:
+        return None
+    encoder = None
+    if encodes:
+        if isinstance(on_progress, _Progress):
+            on_progress.next_go()
+        encoder = load_encoder(
+            folder,
+            model,
+            model_id=plan.model_id,
+            device=plan.device,
+            dtype=plan.dtype,
+            num_threads=torch.get_num_threads(),
+            on_progress=on_progress,
+        )
+    return make_vision(model, plan.dtype, media.cache_bytes, encoder)
 
 
 def _check_alike(plan: _Plan, config: EngineConfig, ranks: Ranks) -> None:

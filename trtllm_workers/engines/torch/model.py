@@ -1,4 +1,4 @@
-"""The decoder of Llama, Qwen2, Qwen3 and Mistral: token ids to logits. Knows no request.
+"""The decoder of Llama, Qwen2, Qwen3 and Mistral: token ids to logits. Knows no request and no image.
 
 One call computes all rows of a step, whatever sequences they belong to; every operation treats rows
 independently (see ``linear.py`` and ``attention.py`` for the two where that takes care).
@@ -6,7 +6,8 @@ independently (see ``linear.py`` and ``attention.py`` for the two where that tak
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
@@ -17,18 +18,33 @@ from trtllm_workers.engines.torch.kv_memory import KvMemory
 from trtllm_workers.engines.torch.linear import Linear, can_pack, make_linear
 from trtllm_workers.engines.torch.model_config import ModelConfig
 from trtllm_workers.engines.torch.ranks import ALONE, Ranks
-from trtllm_workers.engines.torch.rope import pair_up, rotate, rotation_table
+from trtllm_workers.engines.torch.rope import mix_axes, pair_up, rotate, rotation_table
 from trtllm_workers.engines.torch.tensor_parallel import GatheredLinear, share_of
+from trtllm_workers.engines.torch.vl_config import TEXT_PREFIXES
+
+
+@dataclass(slots=True)
+class InSpace:
+    """Positions of neighbouring rows from ``first_row`` on that differ by axis: a list each."""
+
+    first_row: int
+    axes: tuple[Seq[int], ...]
 
 
 @dataclass(slots=True)
 class Batch:
-    """One step's rows. ``last_rows`` are those whose logits are wanted."""
+    """One step's rows. ``last_rows`` are those whose logits are wanted.
+
+    ``given`` are rows that go into the layers as they are, not by their token ids: (first row of the batch,
+    rows [count, hidden] in any memory). ``in_space`` are rows whose positions differ by axis.
+    """
 
     token_ids: list[int]
     positions: list[int]
     spans: list[Span]
     last_rows: list[int]
+    given: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    in_space: list[InSpace] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -70,17 +86,19 @@ class Model:
         self.max_positions = max_positions
         self.min_rows: int | None = None  # attention's own choice
         self._checkpoint = checkpoint
+        self._prefix = _prefix_of(config, checkpoint)
         self._layers = [self._load_layer(index) for index in range(config.num_layers)]
-        self._norm = self._vector("model.norm.weight", config.hidden_size)
+        self._norm = self._vector(f"{self._prefix}norm.weight", config.hidden_size)
         embedding = checkpoint.take(
-            "model.embed_tokens.weight", config.vocab_size, config.hidden_size
+            f"{self._prefix}embed_tokens.weight", config.vocab_size, config.hidden_size
         )
         # Only rank 0 samples.
         self.head: Linear | None = None
         if ranks.rank == 0:
             head = embedding
             if not config.tied_embeddings:
-                head = checkpoint.take("lm_head.weight", config.vocab_size, config.hidden_size)
+                name = checkpoint.first_of("lm_head.weight", "language_model.lm_head.weight")
+                head = checkpoint.take(name, config.vocab_size, config.hidden_size)
             self.head = self._pack(head, None)
         self._embedding = embedding.to(device, copy=True)
         self._rotations = rotation_table(config.rope, config.head_dim, max_positions).to(device)
@@ -108,12 +126,16 @@ class Model:
         device = self.device
         positions = torch.tensor(batch.positions, device=device)
         rotation = self._rotations.index_select(0, positions)
+        for rows in batch.in_space:
+            self._turn_in_space(rotation, rows)
         slots = self._slots(batch, memory)
         plans = {
             window: AttentionPlan(memory, batch.spans, window, config.num_heads, self.min_rows)
             for window in set(config.windows)
         }
         x = self._embedding.index_select(0, torch.tensor(batch.token_ids, device=device))
+        for first, given in batch.given:
+            x[first : first + given.shape[0]].copy_(given)
         for index, layer in enumerate(self._layers[:num_layers]):
             x = self._attend(x, index, layer, rotation, slots, plans[layer.window], memory)
             x = self._transform(x, layer)
@@ -155,6 +177,14 @@ class Model:
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, (self.config.hidden_size,), weight, self.config.norm_eps)
 
+    def _turn_in_space(self, rotation: torch.Tensor, rows: InSpace) -> None:
+        axes = [
+            self._rotations.index_select(0, torch.tensor(axis, device=self.device))
+            for axis in rows.axes
+        ]
+        mixed = mix_axes(axes, self.config.rope.sections)
+        rotation[rows.first_row : rows.first_row + mixed.shape[0]].copy_(mixed)
+
     def _slots(self, batch: Batch, memory: KvMemory) -> torch.Tensor:
         """Return rows of ``memory.token_rows``: [layer, K or V, batch row × KV head]."""
         size = memory.block_size
@@ -171,7 +201,7 @@ class Model:
 
     def _load_layer(self, index: int) -> _Layer:
         config = self.whole_config
-        name = f"model.layers.{index}"
+        name = f"{self._prefix}layers.{index}"
         hidden, inner = config.hidden_size, config.intermediate_size
         q_size = config.num_heads * config.head_dim
         return _Layer(
@@ -240,3 +270,10 @@ class Model:
 
     def _vector(self, name: str, size: int) -> torch.Tensor:
         return self._checkpoint.take(name, size).to(self.device, copy=True)
+
+
+def _prefix_of(config: ModelConfig, checkpoint: Checkpoint) -> str:
+    """Return what the names of the decoder's weights begin with in this checkpoint."""
+    name = "embed_tokens.weight"
+    prefixes = ("model.",) if config.vision is None else TEXT_PREFIXES
+    return checkpoint.first_of(*(f"{prefix}{name}" for prefix in prefixes)).removesuffix(name)

@@ -1,7 +1,8 @@
 """What a Hugging Face folder says about its model, as values. Reads config files, no weights.
 
 Four families share one decoder: Llama, Qwen2 (bias on q, k, v), Qwen3 (norms on q and k) and
-Mistral (sliding window). Anything else is refused by name.
+Mistral (sliding window). Models of images and text have one of them as their text part
+(``vl_config.py``). Anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtllm_workers.config.vision_model import VisionModel, read_vision
+from trtllm_workers.engines.torch.vl_config import VISION_FAMILIES, text_part, vision_family
 from trtllm_workers.errors import ConfigError
 
 FAMILIES = {
@@ -22,11 +25,16 @@ FAMILIES = {
 }
 _MISTRAL_WINDOW = 4096  # what a Mistral config that does not mention it means
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+_MROPE = ("mrope", "default")  # "mrope" in older configs; what makes it so are its sections
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding: base, kind and the kind's own factors."""
+    """Rotary embedding: base, kind and the kind's own factors.
+
+    With ``sections`` a position has three numbers (time, height, width): the first so many pairs turn
+    with the first number, and so on, around again if there are more sections.
+    """
 
     theta: float
     kind: str = "default"
@@ -34,11 +42,15 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 0
+    sections: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder's shape. ``windows`` has one entry per layer: tokens seen, or None for all."""
+    """A decoder's shape. ``windows`` has one entry per layer: tokens seen, or None for all.
+
+    ``vision`` is what it knows of images; None: it takes text only.
+    """
 
     family: str
     vocab_size: int
@@ -59,6 +71,7 @@ class ModelConfig:
     qk_norm: bool
     dtype: str
     eos_token_ids: tuple[int, ...]
+    vision: VisionModel | None = None
 
     @property
     def group(self) -> int:
@@ -77,8 +90,19 @@ def read_model_config(folder: Path) -> ModelConfig:
         what = "holds no config.json" if folder.is_dir() else "does not exist"
         raise _error(f"model folder {folder} {what}; give the folder of a Hugging Face checkpoint")
     generation = _read_json(folder / "generation_config.json") or {}
-    family = _family(path, raw)
-    if raw.get("quantization_config"):
+    quantized = raw.get("quantization_config")
+    eyes, vision = vision_family(raw), None
+    if eyes is None:
+        family = _family(path, raw)
+    else:
+        vision = read_vision(folder)
+        if vision is None or vision.family != eyes:
+            raise _error(
+                f"{path}: 'architectures' names a model of family {eyes}, but 'model_type' is "
+                f"{raw.get('model_type')!r}"
+            )
+        raw, family = text_part(path, raw, eyes)
+    if quantized or raw.get("quantization_config"):
         raise _error(f"{path}: quantized checkpoints (quantization_config) are not supported")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise _error(f"{path}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
@@ -107,7 +131,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         intermediate_size=_positive(path, raw, "intermediate_size"),
         max_positions=max_positions,
         norm_eps=_number(path, raw, "rms_norm_eps", 1e-6),
-        rope=_rope(path, raw, max_positions),
+        rope=_rope(path, raw, max_positions, head_dim if vision and vision.uses_grid else None),
         windows=_windows(path, raw, family, num_layers),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or (family != "mistral" and attention_bias),
@@ -116,6 +140,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         qk_norm=family == "qwen3",
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         eos_token_ids=_ids(generation.get("eos_token_id")) or _ids(raw.get("eos_token_id")),
+        vision=vision,
     )
 
 
@@ -146,7 +171,7 @@ def _family(path: Path, raw: Mapping[str, Any]) -> str:
     shown = ", ".join(map(str, found)) if architectures else "no architecture"
     raise _error(
         f"{path}: names {shown} under 'architectures'; "
-        f"the torch engine serves {', '.join(FAMILIES)}"
+        f"the torch engine serves {', '.join((*FAMILIES, *VISION_FAMILIES))}"
     )
 
 
@@ -166,13 +191,17 @@ def _number(path: Path, raw: Mapping[str, Any], key: str, default: float) -> flo
     return float(value)
 
 
-def _rope(path: Path, raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
+def _rope(
+    path: Path, raw: Mapping[str, Any], max_positions: int, mrope_dim: int | None
+) -> RopeConfig:
     # transformers 5 writes rope_parameters with the base inside, older ones rope_scaling beside it.
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise _error(f"{path}: 'rope_scaling' must be an object, not {scaling!r}")
     theta = _number(path, {"rope_theta": 10_000.0, **raw, **scaling}, "rope_theta", 10_000.0)
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+    if mrope_dim is not None:
+        return _mrope(path, scaling, theta, kind, mrope_dim)
     if kind not in ROPE_TYPES:
         raise _error(f"{path}: rope type '{kind}' is not supported; {', '.join(ROPE_TYPES)} are")
     if kind == "default":
@@ -188,6 +217,27 @@ def _rope(path: Path, raw: Mapping[str, Any], max_positions: int) -> RopeConfig:
         _number(path, scaling, "high_freq_factor", 4.0),
         _positive(path, scaling, "original_max_position_embeddings", max_positions),
     )
+
+
+def _mrope(
+    path: Path, scaling: Mapping[str, Any], theta: float, kind: str, head_dim: int
+) -> RopeConfig:
+    if kind not in _MROPE:
+        raise _error(
+            f"{path}: rope type '{kind}' is not supported for a model whose positions are in space; "
+            f"{', '.join(_MROPE)} are"
+        )
+    sections = scaling.get("mrope_section")
+    if (
+        not isinstance(sections, list)
+        or not all(type(size) is int and size > 0 for size in sections)
+        or sum(sections) * 2 != head_dim
+    ):
+        raise _error(
+            f"{path}: 'mrope_section' must be a list of sizes that add up to half of head_dim "
+            f"({head_dim // 2}), not {sections!r}"
+        )
+    return RopeConfig(theta, sections=tuple(sections))
 
 
 def _windows(

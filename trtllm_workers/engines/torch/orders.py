@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from typing import Generic
 
 from trtllm_workers.engines.torch.core import Core, Key
-from trtllm_workers.engines.torch.sequence import Purpose
+from trtllm_workers.engines.torch.sequence import Purpose, Rows
 from trtllm_workers.types import GenerateRequest, TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
 class Add(Generic[Key]):
-    """Queue an accepted request; ``arrived_s`` is when it came, by ``time.monotonic``."""
+    """Queue an accepted request; ``arrived_s`` is when it came, by ``time.monotonic``.
+
+    ``rows`` are those of its images; so in the orders below.
+    """
 
     key: Key
     request: GenerateRequest
     purpose: Purpose
     arrived_s: float
+    rows: Rows = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Resume(Generic[Key]):
 
     key: Key
     first: TokenChunk | None
+    rows: Rows = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class PrefillReserved(Generic[Key]):
     key: Key
     num_filled_blocks: int
     asked_s: float
+    rows: Rows = ()
 
 
 Order = Add[Key] | Abort[Key] | Release[Key] | Resume[Key] | PrefillReserved[Key]
@@ -57,13 +63,13 @@ Order = Add[Key] | Abort[Key] | Release[Key] | Resume[Key] | PrefillReserved[Key
 def carry_out(core: Core[Key], order: Order[Key]) -> TokenChunk | None:
     """Do it; return the last chunk of a request that ended by it."""
     if isinstance(order, Add):
-        core.add(order.key, order.request, order.purpose, order.arrived_s)
+        core.add(order.key, order.request, order.purpose, order.arrived_s, order.rows)
     elif isinstance(order, Abort):
         return core.abort(order.key)
     elif isinstance(order, Release):
         core.release(order.key)
     elif isinstance(order, PrefillReserved):
-        core.prefill_reserved(order.key, order.num_filled_blocks, order.asked_s)
+        core.prefill_reserved(order.key, order.num_filled_blocks, order.asked_s, order.rows)
     else:
-        core.resume(order.key, order.first)
+        core.resume(order.key, order.first, order.rows)
     return None

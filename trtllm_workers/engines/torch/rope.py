@@ -8,6 +8,7 @@ in that order, which only matters to those who exchange blocks: equal engines.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -50,6 +51,15 @@ def rotation_table(rope: RopeConfig, head_dim: int, num_positions: int) -> torch
         torch.arange(num_positions, dtype=torch.float32), inverse_frequencies(rope, head_dim)
     )
     return torch.polar(torch.full_like(angles, head_dim**-0.25), angles).unsqueeze(1)
+
+
+def mix_axes(axes: Sequence[torch.Tensor], sections: Sequence[int]) -> torch.Tensor:
+    """Return rotations [rows, 1, head_dim / 2] of positions in space, from those of each of its axes.
+
+    The first ``sections[0]`` pairs are those of the first axis, and so on, around again.
+    """
+    pieces = [torch.split_with_sizes(axis, list(sections), dim=-1) for axis in axes]
+    return torch.cat([pieces[i % len(axes)][i] for i in range(len(sections))], dim=-1)
 
 
 def pair_up(weight: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from trtllm_workers.engines.torch.ranks import ALONE, join
 from trtllm_workers.engines.torch.settings import num_threads_of
 from trtllm_workers.engines.torch.streams import Stream
 from trtllm_workers.engines.torch.threads import ThreadGovernor
+from trtllm_workers.engines.torch.vision.loading import Vision
 from trtllm_workers.errors import EngineDead, LaunchError, StartError
 from trtllm_workers.observe.logs import get_logger
 from trtllm_workers.transfer.base import KvPool
@@ -49,6 +50,7 @@ class Ready:
 
     info: EngineInfo
     kv_pool: KvPool | None
+    vision: Vision | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,15 @@ class Runner:
         try:
             ranks = self._ranks = join(config["tensor_parallel_size"])
             num_threads = ranks.together(lambda: num_threads_of(self._options.extra))
-            loaded = load(self._options.model_path, config, self._progress, num_threads, ranks)
+            loaded = load(
+                self._options.model_path,
+                config,
+                self._progress,
+                num_threads,
+                ranks,
+                media=self._options.media,
+                encodes=self._options.encodes,
+            )
         except LaunchError as error:
             self._started(error)
             return None
@@ -158,7 +168,7 @@ class Runner:
             reuse=config["kv_cache_config.enable_block_reuse"],
         )
         self._tell(core, [])
-        self._started(Ready(loaded.info, loaded.kv_pool()))
+        self._started(Ready(loaded.info, loaded.kv_pool(), loaded.vision))
         return core
 
     def _progress(self, share: float) -> None:

@@ -18,7 +18,8 @@ preempted or aborted one is no longer waited for.
 Handoffs stand beside running. A prefilled sequence is *pinned*: it keeps its blocks until released.
 A sequence that only wants blocks waits its turn like all others and is *reserved* then: it will run,
 so it counts towards ``max_running``. Neither is computed, preempted or waited for as one that fills
-blocks; when nothing else can run, only an order from outside changes that::
+blocks; when nothing else can run, only an order from outside changes that. A preempted sequence that cannot
+be computed again has its KV saved, and restored when it is admitted::
 
     waiting ──▶ running ──▶ ended            running ──pin──▶ pinned ──▶ ended
         └─────▶ reserved ──resume, prefill_reserved──▶ running
@@ -48,12 +49,16 @@ class Limits:
 class Step:
     """What to compute: (sequence, number of tokens) from its ``num_computed`` on.
 
-    ``reserved`` got their blocks now; there is nothing to compute for them.
+    ``reserved`` got their blocks now; there is nothing to compute for them. Before anything else is done,
+    the KV of ``saved`` (sequence, blocks) is to be copied into their ``saved``, then that of ``restored``
+    from there: into the blocks of the sequence from the given one on.
     """
 
     decodes: list[Sequence] = field(default_factory=list)
     prefills: list[tuple[Sequence, int]] = field(default_factory=list)
     reserved: list[Sequence] = field(default_factory=list)
+    saved: list[tuple[Sequence, list[int]]] = field(default_factory=list)
+    restored: list[tuple[Sequence, int, list[int]]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)
@@ -120,7 +125,7 @@ class Scheduler:
         step = Step()
         for sequence in [s for s in self.running if s.num_remaining == 1]:
             preempted = not sequence.blocks  # by an older one, a moment ago
-            if not preempted and self._make_room(sequence):
+            if not preempted and self._make_room(sequence, step):
                 step.decodes.append(sequence)
         budget = self.limits.max_num_tokens - len(step.decodes)
         if step.decodes and self.limits.chunked_prefill:
@@ -142,20 +147,24 @@ class Scheduler:
 
     # --- blocks --------------------------------------------------------------------------------
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _make_room(self, sequence: Sequence, step: Step) -> bool:
         """Give a decoding sequence the block of its next token; False when it was preempted."""
         if len(sequence.tokens) <= len(sequence.blocks) * self.limits.block_size:
             return True
         while not self.pool.num_available:
             victim = self.running[-1]
-            self._preempt(victim)
+            self._preempt(victim, step)
             if victim is sequence:
                 return False
         sequence.blocks += self.pool.allocate(1)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, step: Step) -> None:
         self.running.remove(sequence)
+        if not sequence.can_recompute:
+            sequence.num_saved = sequence.num_computed
+            count = -(-sequence.num_saved // self.limits.block_size)
+            step.saved.append((sequence, sequence.blocks[:count]))
         self._release(sequence)
         bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.arrival)
         self.num_preemptions += 1
@@ -191,11 +200,11 @@ class Scheduler:
             cached = self._match(sequence)
             if self._computed_by_older(sequence, len(cached), under_way):
                 continue
-            num_cached = len(cached) * self.limits.block_size
+            num_cached = max(len(cached) * self.limits.block_size, sequence.num_saved)
             remaining = len(sequence.tokens) - num_cached
             if not self._fits(sequence, cached, remaining, budget):
                 return  # first come, first served: nobody behind overtakes
-            self._start(sequence, cached)
+            self._start(sequence, cached, step)
             if only_blocks:
                 self.reserved.append(sequence)
                 step.reserved.append(sequence)
@@ -225,7 +234,7 @@ class Scheduler:
         growing = sum(other.purpose is not Purpose.PREFILL for other in self.running)
         return needed + growing + len(self.reserved) <= room
 
-    def _start(self, sequence: Sequence, cached: list[int]) -> None:
+    def _start(self, sequence: Sequence, cached: list[int], step: Step) -> None:
         self.pool.hold(cached)
         needed = -(-len(sequence.tokens) // self.limits.block_size) - len(cached)
         sequence.blocks = cached + self.pool.allocate(needed)
@@ -235,6 +244,11 @@ class Scheduler:
             sequence.cached_tokens = sequence.num_computed
             self.prompt_tokens += sequence.num_prompt
             self.cached_prompt_tokens += sequence.num_computed
+        if sequence.num_saved:
+            end = -(-sequence.num_saved // self.limits.block_size)
+            self._advance(sequence, max(0, sequence.num_saved - sequence.num_computed))
+            step.restored.append((sequence, len(cached), sequence.blocks[len(cached) : end]))
+            sequence.num_saved = 0
         self.waiting.remove(sequence)
 
     def _under_way(self) -> dict[bytes, int]:

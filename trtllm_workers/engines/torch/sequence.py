@@ -6,10 +6,14 @@ import random
 from collections import Counter
 from enum import Enum, auto
 
-from trtllm_workers.blocks import block_hash, block_hashes
+from trtllm_workers.blocks import block_hash, block_hashes, media_marks
+from trtllm_workers.engines.torch.vision.mrope import Positions
 from trtllm_workers.types import GenerateRequest
 
 _SEED_BITS = 63
+
+# Where the rows of a prompt's images lie: (first token, first row of the media store, how many), in order.
+Rows = tuple[tuple[int, int, int], ...]
 
 
 class Purpose(Enum):
@@ -26,6 +30,10 @@ class Sequence:
     ``tokens`` is prompt and output so far; KV of the first ``num_computed`` is in ``blocks``, of
     which the first ``num_stored`` are shared under ``hashes``. A sequence computes the rest of
     ``tokens`` in one or several steps and then samples one more: decoding is the case of one.
+
+    ``rows`` are those of its images, if it has some and they are here; ``positions`` tells where its tokens
+    stand if that is not where they are in the prompt. While it waits after a preemption, ``saved`` is the KV
+    of its first ``num_saved`` tokens if it cannot compute them again.
     """
 
     __slots__ = (
@@ -33,14 +41,19 @@ class Sequence:
         "blocks",
         "cached_tokens",
         "hashes",
+        "marks",
         "num_computed",
         "num_prompt",
+        "num_saved",
         "num_stored",
         "output_counts",
+        "positions",
         "prompt_ids",
         "purpose",
         "request",
         "root",
+        "rows",
+        "saved",
         "seed",
         "tokens",
     )
@@ -52,8 +65,10 @@ class Sequence:
         root: bytes,
         block_size: int,
         purpose: Purpose = Purpose.GENERATE,
+        rows: Rows = (),
     ) -> None:
         sampling = request.sampling
+        media = request.media
         self.request = request
         self.arrival = arrival
         self.purpose = purpose
@@ -61,7 +76,14 @@ class Sequence:
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt = len(self.tokens)
         self.blocks: list[int] = []
-        self.hashes = block_hashes(self.tokens, block_size, root)
+        self.marks = media_marks(media, block_size)
+        self.hashes = block_hashes(self.tokens, block_size, root, self.marks)
+        self.rows = rows
+        self.positions = (
+            Positions(self.num_prompt, media) if media and media[0].grid is not None else None
+        )
+        self.num_saved = 0
+        self.saved: list[bytes] = []
         self.num_computed = 0
         self.num_stored = 0
         self.cached_tokens: int | None = None  # unknown until first scheduled
@@ -87,6 +109,11 @@ class Sequence:
         """Tokens whose KV is still to be computed before the next one can be sampled."""
         return len(self.tokens) - self.num_computed
 
+    @property
+    def can_recompute(self) -> bool:
+        """Whether its KV could be computed here: not that of images whose rows are elsewhere."""
+        return not self.request.media or bool(self.rows)
+
     def append(self, token: int) -> None:
         """Add a sampled token."""
         self.tokens.append(token)
@@ -98,4 +125,5 @@ class Sequence:
         while (len(self.hashes) + 1) * block_size <= self.num_computed:
             first = len(self.hashes) * block_size
             parent = self.hashes[-1] if self.hashes else self.root
-            self.hashes.append(block_hash(parent, self.tokens[first : first + block_size]))
+            mark = self.marks.get(len(self.hashes), b"")
+            self.hashes.append(block_hash(parent, self.tokens[first : first + block_size], mark))

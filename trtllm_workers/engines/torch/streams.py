@@ -14,12 +14,13 @@ Nobody waits for word of a PINNED or RESERVED request, so its end is told to nob
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import Any
 
 from trtllm_workers.engines.torch.core import Result
 from trtllm_workers.engines.torch.sequence import Purpose
+from trtllm_workers.transfer.media_store import Entry
 from trtllm_workers.types import FinishReason, GenerateRequest, Prefilled, Reservation, TokenChunk
 
 
@@ -45,10 +46,19 @@ class Stream:
     """Compared by identity: request ids may come again; ``number`` does not.
 
     ``deliver`` takes what suits the phase. ``aborted``: what the engine thread had posted before it
-    heard of the abort is dropped.
+    heard of the abort is dropped. ``pinned`` are its images, as far as it holds them in the media store.
     """
 
-    __slots__ = ("aborted", "arrived_s", "deliver", "number", "phase", "purpose", "request")
+    __slots__ = (
+        "aborted",
+        "arrived_s",
+        "deliver",
+        "number",
+        "phase",
+        "pinned",
+        "purpose",
+        "request",
+    )
 
     def __init__(
         self,
@@ -64,6 +74,7 @@ class Stream:
         self.phase = _PHASES[purpose]
         self.arrived_s = time.monotonic()
         self.aborted = False
+        self.pinned: Sequence[Entry] = ()
 
     def tell(self, result: Result) -> None:
         """Deliver a result in the form the caller waits for, and move on to the next phase."""

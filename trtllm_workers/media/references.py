@@ -85,6 +85,8 @@ def decoded(text: str, param: str, max_bytes: int) -> bytes:
         text = unquote(text, errors="strict")
     pieces: list[bytes] = []
     try:
+        if len(text) % 4:
+            raise ValueError("not padded")
         for at in range(0, len(text), _PIECE):
             piece = text[at : at + _PIECE]
             if "=" in piece and at + _PIECE < len(text) - 2:

@@ -1,0 +1,392 @@
+from __future__ import annotations
+
+import asyncio
+import gzip
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.contract.certificates import authority
+from tests.unit.media.support import (
+    PARAM,
+    Answer,
+    answering,
+    redirecting,
+    response,
+    serving,
+)
+from trtllm_workers.config.media import MediaSettings
+from trtllm_workers.errors import MediaRejected
+from trtllm_workers.media import urls
+from trtllm_workers.media.urls import Fetcher, Resolve
+
+LOCAL = MediaSettings(url_hosts=("127.0.0.1", "localhost"), timeout_s=5.0, max_file_bytes=10_000)
+
+
+def names(**hosts: str) -> Resolve:
+    """Resolve names as given: addresses separated by spaces; every call counts."""
+
+    async def resolve(host: str, _port: int) -> list[str]:
+        if host not in hosts:
+            raise OSError("Name or service not known")
+        return hosts[host].split()
+
+    return resolve
+
+
+async def fetched(url: str, settings: MediaSettings = LOCAL, **options: object) -> bytes:
+    pieces: list[bytes] = []
+    fetcher = Fetcher(settings, **options)  # type: ignore[arg-type]
+    count = await fetcher.fetch(url, PARAM, pieces.append)
+    body = b"".join(pieces)
+    assert count == len(body)
+    return body
+
+
+async def refused(url: str, settings: MediaSettings = LOCAL, **options: object) -> str:
+    with pytest.raises(MediaRejected) as caught:
+        await fetched(url, settings, **options)
+    assert caught.value.param == PARAM
+    for secret in ("169.254", "127.0.0.1", "10.0.0", "Errno", "refused"):
+        assert secret not in str(caught.value)
+    return str(caught.value)
+
+
+async def test_a_body_is_fetched_and_nothing_of_us_is_told() -> None:
+    async with serving(answering(response(b"body"))) as server:
+        assert await fetched(server.url("/a b.png?x=1&y=%20é#part".replace(" ", "%20"))) == b"body"
+    [head] = server.requests
+    lines = head.decode().lower().split("\r\n")
+    assert lines[0] == "get /a%20b.png?x=1&y=%20%c3%a9 http/1.1"
+    assert f"host: 127.0.0.1:{server.port}" in lines
+    assert "accept-encoding: identity" in lines
+    assert not any(line.startswith(("cookie", "authorization", "referer")) for line in lines)
+
+
+async def test_a_chunked_body_without_length_is_fetched() -> None:
+    body = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+    async with serving(answering(body)) as server:
+        assert await fetched(server.url()) == b"abcde"
+
+
+async def test_redirects_are_followed_relative_ones_too() -> None:
+    async def answer(head: bytes, writer: asyncio.StreamWriter) -> None:
+        if b"/first" in head:
+            writer.write(response(b"", "Location: ../second", status="301 Moved"))
+        elif b"/second" in head:
+            writer.write(
+                response(b"", f"Location: http://localhost:{server.port}/x", status="307 T")
+            )
+        else:
+            writer.write(response(b"there"))
+
+    async with serving(answer) as server:
+        assert await fetched(server.url("/a/first")) == b"there"
+    assert server.connections == 3
+
+
+async def test_endless_redirects_end() -> None:
+    async with serving(redirecting("/again")) as server:
+        assert "5 times" in await refused(server.url())
+    assert server.connections == 6
+
+
+# --- addresses -----------------------------------------------------------------------------------
+
+HIDDEN = [
+    *("http://127.0.0.1:{port}/", "http://localhost:{port}/", "http://localhost.:{port}/"),
+    *(
+        "http://[::1]:{port}/",
+        "http://[::ffff:127.0.0.1]:{port}/",
+        "http://[::ffff:7f00:1]:{port}/",
+    ),
+    *("http://2130706433:{port}/", "http://0x7f.1:{port}/", "http://0177.0.0.1:{port}/"),
+    *(
+        "http://127.1:{port}/",
+        "http://0:{port}/",
+        "http://0.0.0.0:{port}/",
+        "http://①②⑦.0.0.1:{port}/",
+    ),
+    *("http://user@127.0.0.1:{port}/", "http://127.0.0.1:{port}\\@public.example/"),
+    *("http://public.example@127.0.0.1:{port}/", "http://[fe80::1%25lo]:{port}/"),
+    *(
+        "http://:{port}/",
+        "http:///{port}",
+        "http://public.example:0/",
+        "http://public.example:99999/",
+    ),
+    *(
+        "http://pub lic.example:{port}/",
+        "http://public.example:{port}/\r\nX: y",
+        "http://\t127.0.0.1:{port}",
+    ),
+]
+
+
+@pytest.mark.parametrize("url", HIDDEN)
+async def test_this_machine_is_not_fetched_from_however_it_is_written(url: str) -> None:
+    settings = MediaSettings(timeout_s=5.0)
+    async with serving(answering(response(b"secret"))) as server:
+        await refused(url.format(port=server.port), settings)
+    assert server.connections == 0
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        *("127.0.0.1", "10.0.0.7", "169.254.169.254", "::1", "::ffff:127.0.0.1", "fd00:ec2::254"),
+        *("8.8.8.8 127.0.0.1", "127.0.0.1 8.8.8.8", "2606:4700::1111 10.0.0.7", "fe80::1%lo", ""),
+    ],
+)
+async def test_a_name_with_any_address_that_is_not_public_is_refused(addresses: str) -> None:
+    text = await refused(
+        "http://images.example/", MediaSettings(), resolver=names(**{"images.example": addresses})
+    )
+    # The same words as for a name that is not there.
+    assert text == await refused("http://other.example/", MediaSettings(), resolver=names())
+
+
+@pytest.mark.parametrize("address", ["169.254.169.254", "fd00:ec2::254", "fe80::1", "0.0.0.0"])
+async def test_a_listed_host_may_be_private_but_not_where_credentials_are(address: str) -> None:
+    settings = MediaSettings(url_hosts=("images.internal",))
+    resolver = names(**{"images.internal": address})
+    await refused("http://images.internal/", settings, resolver=resolver)
+
+
+async def test_with_a_list_other_hosts_are_refused_before_they_are_resolved() -> None:
+    async def resolve(_host: str, _port: int) -> list[str]:
+        raise AssertionError("resolved")
+
+    settings = MediaSettings(url_hosts=("images.internal:8080",))
+    for url in (
+        "http://images.internal/",
+        "http://8.8.8.8/",
+        "http://images.internal.evil.example:8080/",
+    ):
+        await refused(url, settings, resolver=resolve)
+
+
+async def test_the_address_that_was_checked_is_the_one_connected_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = [["127.0.0.1"], ["10.0.0.7"]]
+
+    async def resolve(host: str, _port: int) -> list[str]:
+        assert host == "images.example"
+        return answers.pop(0)
+
+    checked: list[str] = []
+
+    def may_connect(address: str, *, listed: bool) -> bool:
+        assert not listed
+        checked.append(address)
+        return address == "127.0.0.1"  # stands for a public one
+
+    monkeypatch.setattr(urls, "may_connect", may_connect)
+
+    async def answer(_head: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(
+            response(b"", f"Location: http://images.example:{server.port}/b", status="302 F")
+        )
+
+    async with serving(answer) as server:
+        # The second time the name leads elsewhere: it is checked again, and refused.
+        await refused(f"http://images.example:{server.port}/a", MediaSettings(), resolver=resolve)
+    assert checked == ["127.0.0.1", "10.0.0.7"]
+    assert answers == []
+    assert server.connections == 1
+    assert b"Host: images.example:" in server.requests[0]
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        *(
+            "http://169.254.169.254/latest/meta-data/",
+            "http://[::ffff:169.254.169.254]/",
+            "http://10.0.0.1/",
+        ),
+        *(
+            "file:///etc/passwd",
+            "ftp://localhost/x",
+            "data:image/png;base64,AAAA",
+            "http://user:x@localhost/",
+        ),
+        *("//other.example/", "http://localhost:0/", "gopher://localhost/"),
+    ],
+)
+async def test_every_redirect_is_checked(to: str) -> None:
+    async with serving(redirecting(to)) as server:
+        await refused(server.url())
+    assert server.connections == 1
+
+
+async def test_a_public_host_cannot_redirect_to_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = urls.may_connect
+    resolver = names(**{"public.example": "127.0.0.2", "localhost": "127.0.0.1"})
+    monkeypatch.setattr(
+        urls, "may_connect", lambda ip, listed: ip == "127.0.0.2" or real(ip, listed=listed)
+    )
+    async with serving(answering(response(b"secret"))) as inside:
+
+        async def answer(_head: bytes, writer: asyncio.StreamWriter) -> None:
+            writer.write(response(b"", f"Location: {inside.url()}", status="302 Found"))
+
+        listening = await asyncio.start_server(_one(answer), "127.0.0.2", 0)
+        port = listening.sockets[0].getsockname()[1]
+        async with listening:
+            await refused(f"http://public.example:{port}/", MediaSettings(), resolver=resolver)
+    assert inside.connections == 0
+
+
+def _one(
+    answer: Answer,
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], object]:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await answer(await reader.readuntil(b"\r\n\r\n"), writer)
+        writer.close()
+
+    return handle
+
+
+async def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1/")
+    async with serving(answering(response(b"body"))) as server:
+        assert await fetched(server.url()) == b"body"
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+async def test_too_large_by_its_own_word_is_refused_unread() -> None:
+    async def answer(_head: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(response(b"", length=10_001))
+        await writer.drain()
+        await asyncio.Event().wait()  # no body ever comes, and none is waited for
+
+    async with serving(answer) as server:
+        assert "10000 bytes" in await refused(server.url())
+
+
+@pytest.mark.parametrize("head", [b"", b"Transfer-Encoding: chunked\r\n"])
+async def test_an_endless_body_is_cut_off(head: bytes) -> None:
+    async def answer(_head: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n")
+        while True:
+            writer.write(b"64\r\n" + bytes(100) + b"\r\n" if head else bytes(100))
+            await writer.drain()
+
+    async with serving(answer) as server:
+        assert "10000 bytes" in await refused(server.url())
+
+
+async def test_a_body_at_the_limit_is_taken() -> None:
+    async with serving(answering(response(bytes(10_000)))) as server:
+        assert len(await fetched(server.url())) == 10_000
+
+
+async def test_a_compressed_body_is_refused() -> None:
+    bomb = gzip.compress(bytes(1_000_000))
+    for coding in ("gzip", "GZIP", "br", "deflate", "gzip, gzip"):
+        async with serving(answering(response(bomb, f"Content-Encoding: {coding}"))) as server:
+            assert "compressed" in await refused(server.url())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        response(b"abc", length=5),
+        b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"",
+    ],
+)
+async def test_broken_answers_are_refused(answer: bytes) -> None:
+    async with serving(answering(answer)) as server:
+        assert "could not be fetched" in await refused(server.url())
+
+
+async def test_other_statuses_are_told() -> None:
+    for status in (
+        "404 Not Found",
+        "206 Partial Content",
+        "304 Not Modified",
+        "500 Oh",
+        "302 Found",
+    ):
+        async with serving(answering(response(b"", status=status))) as server:
+            assert f"status {status[:3]}" in await refused(server.url())
+
+
+async def test_nobody_listens() -> None:
+    async with serving(answering(b"")) as server:
+        pass
+    assert "could not be fetched" in await refused(server.url())
+
+
+async def test_a_server_that_drips_has_one_deadline_for_all() -> None:
+    settings = MediaSettings(url_hosts=("127.0.0.1",), timeout_s=0.3)
+
+    async def answer(_head: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")
+        while True:
+            writer.write(b"x")
+            await writer.drain()
+            await asyncio.sleep(0.01)  # what the server does, not what the test waits for
+
+    async with serving(answer) as server:
+        assert "0.3 s" in await refused(server.url(), settings)
+
+
+async def test_a_server_that_never_answers_and_a_name_that_never_resolves() -> None:
+    settings = MediaSettings(url_hosts=("127.0.0.1", "slow.example"), timeout_s=0.2)
+
+    async def silent(_head: bytes, _writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    async def never(_host: str, _port: int) -> list[str]:
+        await asyncio.Event().wait()
+        return []
+
+    async with serving(silent) as server:
+        assert "0.2 s" in await refused(server.url(), settings)
+    assert "0.2 s" in await refused("http://slow.example/", settings, resolver=never)
+
+
+# --- TLS -----------------------------------------------------------------------------------------
+
+
+async def test_certificates_are_checked_against_the_name(tmp_path: Path) -> None:
+    signer = authority(tmp_path / "authority")
+    files = signer.signs("server", "DNS:images.example")
+    theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    theirs.load_cert_chain(files.cert, files.key)
+    asked: list[str | None] = []
+    theirs.sni_callback = lambda _socket, name, _context: asked.append(name)  # type: ignore[assignment]
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(response(b"over tls"))
+        await writer.drain()
+        writer.close()
+
+    listening = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=theirs)
+    port = listening.sockets[0].getsockname()[1]
+    settings = MediaSettings(url_hosts=("images.example", "other.example"), timeout_s=5.0)
+    resolver = names(**{"images.example": "127.0.0.1", "other.example": "127.0.0.1"})
+    ours = ssl.create_default_context(cafile=str(signer.ca))
+    async with listening:
+        options: dict[str, object] = {"resolver": resolver, "ssl_context": ours}
+        assert await fetched(f"https://images.example:{port}/", settings, **options) == b"over tls"
+        assert asked == ["images.example"]
+        await refused(f"https://other.example:{port}/", settings, **options)
+        # Without the authority that signed it.
+        await refused(f"https://images.example:{port}/", settings, resolver=resolver)

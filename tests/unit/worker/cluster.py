@@ -20,8 +20,8 @@ from trtllm_workers.errors import PeerLost
 from trtllm_workers.observe.status import StatusFile
 from trtllm_workers.planes.base import Lease, Peer
 from trtllm_workers.planes.frames import columns
-from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
 from trtllm_workers.planes.media_messages import Encoded, EncodeFailed
+from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
 from trtllm_workers.planes.messages import Abort, Message, StatsAsk, Submit, Tokens, WorkerStats
 from trtllm_workers.planes.queue import WorkQueue
 from trtllm_workers.transfer.base import KvTransport

@@ -238,6 +238,7 @@ class Sighted:
         self.encoder: Tower | None = None if blind else Tower()
         self.seen: list[tuple[str, list[bytes]]] = []
         self._pins: dict[str, list[Entry]] = {}
+        self._reserved: dict[str, GenerateRequest] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -260,7 +261,8 @@ class Sighted:
         assert store is not None
         if request.sampling.max_tokens == 99:
             raise RequestError("99 tokens are too many", param="max_tokens")
-        entries, contents = [], []
+        entries: list[Entry] = []
+        contents: list[bytes] = []
         for item in request.media:
             entry = store.pin(item.digest)
             if entry is None:
@@ -304,7 +306,7 @@ class Sighted:
         self._engine.prefill(seen, self._watched_prefill(request.request_id, deliver))
 
     def reserve(self, request: GenerateRequest, deliver: Any) -> None:
-        self._reserved = {**getattr(self, "_reserved", {}), request.request_id: request}
+        self._reserved[request.request_id] = request
         self._engine.reserve(msgspec.structs.replace(request, media=()), deliver)
 
     def prefill_reserved(

@@ -1,9 +1,10 @@
-"""Workers' counts of handoffs as metrics of the ingress. Knows the metrics table, no worker."""
+"""Workers' counts of handoffs and images as metrics of the ingress. Knows the metrics table, no worker."""
 
 from __future__ import annotations
 
 from trtllm_workers.engines.base import ENGINE_NATIVE
 from trtllm_workers.observe.metrics import Metrics
+from trtllm_workers.planes.media_messages import MediaStats
 from trtllm_workers.planes.messages import HandoffStats, PairStats, WorkerStats
 
 _PREFIX = "trtllm_launch_"
@@ -50,6 +51,33 @@ def show_handoffs(metrics: Metrics, load: WorkerStats) -> None:
         depth.set(handoffs.queue_depth)
     for pair in load.pairs:
         _show_pair(metrics, worker_id, pair)
+    if load.media is not None:
+        _show_media(metrics, worker_id, load.media)
+
+
+def _show_media(metrics: Metrics, worker_id: str, media: MediaStats) -> None:
+    def counter(what: str, total: float, **labels: str) -> None:
+        metrics.counter(f"{_PREFIX}media_{what}", worker_id=worker_id, **labels).advance_to(total)
+
+    def gauge(what: str, value: float, state: str) -> None:
+        metrics.gauge(f"{_PREFIX}media_{what}", worker_id=worker_id, state=state).set(value)
+
+    for source, count in media.items:
+        counter("items_total", count, source=source)
+    counter("encode_seconds_total", media.encode_seconds)
+    for work, code, count in media.failures:
+        counter("failures_total", count, work=work, code=code)
+    for result, count in (("hit", media.num_hits), ("miss", media.num_misses)):
+        counter("lookups_total", count, result=result)
+    for flow in media.flows:
+        labels = {"peer": flow.peer, "transport": flow.transport, "wire": flow.wire}
+        counter("fetches_total", flow.num_fetches, **labels)
+        counter("fetch_bytes_total", flow.num_bytes, **labels)
+        counter("fetch_seconds_total", flow.seconds, **labels)
+    gauge("kept_items", media.num_pinned, "pinned")
+    gauge("kept_items", media.num_kept - media.num_pinned, "cached")
+    gauge("memory_bytes", media.free_bytes, "free")
+    gauge("memory_bytes", media.claimed_bytes, "claimed")
 
 
 def _show_pair(metrics: Metrics, worker_id: str, pair: PairStats) -> None:

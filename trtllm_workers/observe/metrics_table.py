@@ -296,4 +296,59 @@ TABLE: tuple[Spec, ...] = (
         "From putting a prompt into the queue to a prefill worker beginning it.",
         _FIRST_TOKEN_S,
     ),
+    # Images; only of workers whose engine takes them. Label peer is the worker that had the bytes.
+    Spec(
+        "trtllm_launch_media_items_total",
+        "counter",
+        ("worker_id", "source"),
+        "Images made ready: encoded by the vision tower, taken from a file of embeddings, or cached.",
+    ),
+    Spec(
+        "trtllm_launch_media_encode_seconds_total",
+        "counter",
+        ("worker_id",),
+        "Seconds that the vision tower was busy.",
+    ),
+    Spec(
+        "trtllm_launch_media_failures_total",
+        "counter",
+        ("worker_id", "work", "code"),
+        "Images that came to nothing, by work (encode or fetch) and error code.",
+    ),
+    Spec(
+        "trtllm_launch_media_lookups_total",
+        "counter",
+        ("worker_id", "result"),
+        "Images of prompts to be computed: hit (their embeddings were here) or miss (fetched).",
+    ),
+    Spec(
+        "trtllm_launch_media_fetches_total",
+        "counter",
+        ("worker_id", "peer", "transport", "wire"),
+        "Reads of embeddings from other workers.",
+    ),
+    Spec(
+        "trtllm_launch_media_fetch_bytes_total",
+        "counter",
+        ("worker_id", "peer", "transport", "wire"),
+        "Bytes of embeddings read.",
+    ),
+    Spec(
+        "trtllm_launch_media_fetch_seconds_total",
+        "counter",
+        ("worker_id", "peer", "transport", "wire"),
+        "Seconds that reading embeddings took.",
+    ),
+    Spec(
+        "trtllm_launch_media_kept_items",
+        "gauge",
+        ("worker_id", "state"),
+        "Images whose embeddings the worker has: pinned (in use) or cached (may go).",
+    ),
+    Spec(
+        "trtllm_launch_media_memory_bytes",
+        "gauge",
+        ("worker_id", "state"),
+        "Memory for embeddings that is free, or claimed (being filled).",
+    ),
 )

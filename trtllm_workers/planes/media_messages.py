@@ -101,3 +101,36 @@ class MediaReleased(msgspec.Struct, frozen=True, tag="media-", array_like=True):
 
     ask: str
     valid: bool
+
+
+class MediaFlow(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker has fetched from one other: ``wire`` is what was seen to carry the bytes."""
+
+    peer: str
+    transport: str
+    wire: str
+    num_fetches: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+class MediaStats(msgspec.Struct, frozen=True, array_like=True):
+    """A worker's images. Counters only grow.
+
+    ``items`` counts those that ingresses asked for by how they came to be: encoded by the vision tower,
+    taken from a file, cached. ``failures`` counts (encode or fetch, error code). ``num_hits`` and
+    ``num_misses`` count images of prompts that were here, and that were not. Now: ``num_kept`` items are
+    here, ``num_pinned`` of them in use; ``free_bytes`` of their memory hold nothing, ``claimed_bytes`` are
+    being filled.
+    """
+
+    items: list[tuple[str, int]] = []
+    encode_seconds: float = 0.0
+    failures: list[tuple[str, str, int]] = []
+    num_hits: int = 0
+    num_misses: int = 0
+    flows: list[MediaFlow] = []
+    num_kept: int = 0
+    num_pinned: int = 0
+    free_bytes: int = 0
+    claimed_bytes: int = 0

@@ -46,6 +46,7 @@ from trtllm_workers.planes.media_messages import (
     MediaGrant,
     MediaRefused,
     MediaReleased,
+    MediaStats,
 )
 from trtllm_workers.types import (
     Address,
@@ -369,7 +370,8 @@ class WorkerStats(msgspec.Struct, frozen=True, tag="stats", array_like=True):
     """A worker's load, told about once a second to everybody who asked for it (StatsAsk).
 
     ``num_frames`` counts the Tokens messages sent so far: one per engine step and ingress. ``pairs``
-    are a decode worker's; they are told at once when one changes its state.
+    are a decode worker's; they are told at once when one changes its state. ``media``: None of a worker
+    that takes text only.
     """
 
     worker_id: str
@@ -377,6 +379,7 @@ class WorkerStats(msgspec.Struct, frozen=True, tag="stats", array_like=True):
     num_frames: int
     handoffs: HandoffStats = HandoffStats()
     pairs: list[PairStats] = []
+    media: MediaStats | None = None
 
 
 Message = (

@@ -59,6 +59,7 @@ from trtllm_workers.worker.handoff_job import (
     settle,
 )
 from trtllm_workers.worker.handoff_meters import HandoffMeters
+from trtllm_workers.worker.media_desk import MediaDesk
 from trtllm_workers.worker.native_fetch import fetch_natively
 from trtllm_workers.worker.pairs import READY, Pair, Pairs
 from trtllm_workers.worker.queued_prefill import QueuedPrefills
@@ -89,6 +90,7 @@ class DecodeDesk:
         self._tasks: set[asyncio.Task[None]] = set()
         self.pairs: Pairs | None = None
         self.queued: QueuedPrefills | None = None  # with a prefill queue
+        self.media: MediaDesk | None = None  # of an engine that takes images
 
     @property
     def request_ids(self) -> Collection[str]:
@@ -229,6 +231,10 @@ class DecodeDesk:
                 ended = first
             elif job.aborted.done():
                 raise Aborted
+            elif first is None and job.request.media and self.media is not None:
+                async with self.media.here(job.request.media, job.aborted):
+                    self._engine.resume(request_id, None, job.out)
+                return
         except Aborted:
             ended = TokenChunk((), FinishReason.ABORT)
         except BaseException:

@@ -30,8 +30,9 @@ from trtllm_workers.planes.messages import (
     Submit,
 )
 from trtllm_workers.transfer.handoff import Handoff, HandoffState, Rate, handoff_timeout_s
-from trtllm_workers.types import FinishReason, GenerateRequest, Prefilled
+from trtllm_workers.types import FinishReason, GenerateRequest, Prefilled, TokenChunk
 from trtllm_workers.worker.handoff_meters import HandoffMeters
+from trtllm_workers.worker.media_desk import MediaDesk
 from trtllm_workers.worker.outbox import StreamOut
 
 log = structlog.get_logger(__name__)
@@ -83,6 +84,7 @@ class PrefillDesk:
         self._entries: dict[str, _Entry] = {}  # by the engine's request id
         self._rates: dict[tuple[str, str], Rate] = {}  # by decode worker
         self.draining = ""
+        self.media: MediaDesk | None = None  # of an engine that takes images
 
     @property
     def num_open(self) -> int:
@@ -133,6 +135,18 @@ class PrefillDesk:
             return
         self._entries[entry.request_id] = entry
         request = msgspec.structs.replace(request, request_id=entry.request_id)
+        if request.media and self.media is not None:
+            aborted = Prefilled(first=TokenChunk((), FinishReason.ABORT))
+            self.media.when_here(
+                request,
+                begin=partial(self._compute, entry, request),
+                failed=partial(self._refuse, entry),
+                aborted=partial(self._prefilled, entry, aborted),
+            )
+            return
+        self._compute(entry, request)
+
+    def _compute(self, entry: _Entry, request: GenerateRequest) -> None:
         try:
             self._engine.prefill(request, partial(self._prefilled, entry))
         except LaunchError as error:
@@ -234,7 +248,7 @@ class PrefillDesk:
             return
         if entry.handoff is None:
             entry.cancelled = message.reason
-            self._engine.abort(entry.request_id)
+            self._stop(entry)
         else:
             self._end(entry, HandoffState.RELEASED, message.reason)
 
@@ -248,7 +262,7 @@ class PrefillDesk:
         if entry is None:
             return False
         if entry.handoff is None:
-            self._engine.abort(request_id)
+            self._stop(entry)
         elif entry.submit is not None:
             self._send(entry.peer, Abort([entry.submit.stream], entry.submit.reply_to))
         return True
@@ -267,7 +281,7 @@ class PrefillDesk:
             if entry.out is not None:
                 entry.out.fail(PeerLost.code or "", why)
                 entry.out = None
-            self._engine.abort(entry.request_id)
+            self._stop(entry)
             return
         fetching = entry.handoff.state is HandoffState.FETCHING
         if entry.out is not None and not fetching:
@@ -308,13 +322,18 @@ class PrefillDesk:
         """Give up every prompt: the worker is going down."""
         for entry in list(self._entries.values()):
             if entry.handoff is None:
-                self._engine.abort(entry.request_id)
+                self._stop(entry)
             else:
                 self._send(entry.peer, Released(entry.handoff_id, False))
                 if entry.out is not None:
                     why = f"prefill worker {self._worker_id} is going down"
                     entry.out.fail(Unavailable.code or "", why)
                 self._end(entry, HandoffState.RELEASED, "shutdown")
+
+    def _stop(self, entry: _Entry) -> None:
+        """Abort a prompt that is not computed; its end is told to ``_prefilled``."""
+        if self.media is None or not self.media.abort(entry.request_id):
+            self._engine.abort(entry.request_id)
 
     def _find(self, peer: Peer, handoff_id: str) -> _Entry | None:
         for request_id in (_key(peer, handoff_id), handoff_id):

@@ -32,6 +32,7 @@ from trtllm_workers.types import (
     TransportCard,
 )
 from trtllm_workers.worker.handoff_job import now_s, settle
+from trtllm_workers.worker.media_desk import MediaDesk
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -111,6 +112,7 @@ class Filler:
         self._block_size = block_size
         self._links: dict[tuple[str, str], asyncio.Task[KvLink]] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self.media: MediaDesk | None = None  # of an engine that takes images
 
     async def fill(
         self, fill: Fill, peer: Peer, grant: FillGrant, computed: Callable[[], None]
@@ -135,7 +137,11 @@ class Filler:
         link = await self._link(peer, grant.cards)
         reservation = await self._reserve(fill, grant)
         num_filled = await self._read(fill, peer, grant, reservation, link)
-        prefilled = await self._compute(fill, num_filled)
+        if grant.request.media and self.media is not None:
+            async with self.media.here(grant.request.media):
+                prefilled = await self._compute(fill, num_filled)
+        else:
+            prefilled = await self._compute(fill, num_filled)
         fill.num_uncomputed = 0
         computed()
         began_s = now_s()

@@ -92,6 +92,7 @@ def join_queue(
     """Begin to put or to take jobs; ``service.close`` ends that."""
     if role is Role.PREFILL:
         filler = Filler(engine, transports, info.block_size)
+        filler.media = service.media
         service.use_queue(
             PrefillPuller(
                 queue,

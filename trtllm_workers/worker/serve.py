@@ -31,6 +31,12 @@ from trtllm_workers.types import EngineInfo, Role, WorkerRecord, WorkerState
 from trtllm_workers.worker.canary import Canary
 from trtllm_workers.worker.kv_feeds import why_no_events
 from trtllm_workers.worker.ledger import Ledger
+from trtllm_workers.worker.media_parts import (
+    check_role,
+    join_media,
+    open_media_transports,
+    told_info,
+)
 from trtllm_workers.worker.pairing import open_kv_transports, owned_by, pair_statuses, start_pairs
 from trtllm_workers.worker.prefill_desk import HandoffLimits
 from trtllm_workers.worker.queue_end import PrefillQueue, join_queue, open_prefill_queue
@@ -120,7 +126,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
             on_progress=lambda done: status.report("model", done=done),
             extra=settings.extra,
             media=settings.media,
-            encodes=settings.encodes,
+            encodes=settings.encodes or settings.role is Role.ENCODE,
             generates=settings.role is not Role.ENCODE,
         ),
     )
@@ -145,6 +151,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
     )
     discovery: Discovery | None = None
     transports: tuple[KvTransport, ...] = ()
+    media_transports: tuple[KvTransport, ...] = ()
     queue: WorkQueue | None = None
     try:
         if settings.prefill_queue is not None:
@@ -162,6 +169,8 @@ async def serve_worker(settings: WorkerSettings) -> None:
         info = await _unless_stopped(engine.start(), stop)
         if info is None:
             return
+        check_role(settings.role, engine, info, settings.served_model_name)
+        info = told_info(engine, info)
         if engine.kv_pool is not None:
             await asyncio.to_thread(prefault, engine.kv_pool)
         log.info("engine started", seconds=round(time.monotonic() - began_s, 2), **_summary(info))
@@ -182,10 +191,27 @@ async def serve_worker(settings: WorkerSettings) -> None:
         if transports:
             names = ",".join(transport.name for transport in transports)
             info = msgspec.structs.replace(info, kv_transport=names)
+        media_transports = await open_media_transports(
+            settings.kv_transport,
+            settings.role,
+            engine,
+            worker_id=settings.worker_id,
+            host=settings.advertise_host or settings.host,
+        )
         await mesh.start()
         settings.on_loaded()
         service.attach(
             mesh, info, transports, max_local_prefill_length=settings.max_local_prefill_length
+        )
+        join_media(
+            service,
+            settings.worker_id,
+            engine,
+            info,
+            mesh,
+            media_transports,
+            settings.media,
+            limits,
         )
         if queue is not None:
             join_queue(
@@ -237,7 +263,8 @@ async def serve_worker(settings: WorkerSettings) -> None:
                 engine,
                 info,
                 lambda: service.progress,
-                timeout_s=settings.stall_timeout_s,
+                # An engine without a language model refuses every probe; there is nothing to prove.
+                timeout_s=settings.stall_timeout_s if settings.role is not Role.ENCODE else 0.0,
             )
             owned = owned_by(service, canary)
             ledger = Ledger(engine, lambda: owned() | watchdog.request_ids, service.meters)
@@ -255,7 +282,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
         await _quietly(service.close())
         if queue is not None:
             await _quietly(queue.close())
-        for transport in transports:
+        for transport in (*transports, *media_transports):
             await _quietly(transport.close())
         await _quietly(engine.close())
         await _quietly(mesh.close())

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import msgspec
 import structlog
 
 from trtllm_workers.engines.base import Engine
-from trtllm_workers.errors import LaunchError, LayoutMismatch, PeerLost, Unavailable
+from trtllm_workers.errors import (
+    LaunchError,
+    LayoutMismatch,
+    NotSupported,
+    PeerLost,
+    Unavailable,
+)
 from trtllm_workers.planes.base import Peer, RequestPlane
+from trtllm_workers.planes.media_messages import EncodeAsk, EncodeFailed
 from trtllm_workers.planes.messages import (
     Abort,
     CancelHandoff,
@@ -33,8 +41,11 @@ from trtllm_workers.planes.messages import (
 from trtllm_workers.transfer.base import KvTransport, check_layouts
 from trtllm_workers.types import Address, EngineInfo, Role, TransportCard
 from trtllm_workers.worker.decode_desk import DecodeDesk
+from trtllm_workers.worker.encode_desk import EncodeDesk
 from trtllm_workers.worker.handoff_meters import HandoffMeters
 from trtllm_workers.worker.kv_feeds import KvFeeds
+from trtllm_workers.worker.media_desk import MediaDesk
+from trtllm_workers.worker.media_meters import MediaMeters
 from trtllm_workers.worker.outbox import ReplyLine, StreamOut
 from trtllm_workers.worker.pairs import Pairs, check_models
 from trtllm_workers.worker.prefill_desk import HandoffLimits, PrefillDesk
@@ -68,10 +79,13 @@ class WorkerService:
         self._on_stop_ask = on_stop_ask
         self._kv_feeds = KvFeeds(engine)
         self.meters = HandoffMeters()
+        self.media_meters = MediaMeters()
         self.prefills = PrefillDesk(worker_id, engine, self.meters, limits)
         self.decodes: DecodeDesk | None = None
         self.pairs: Pairs | None = None
         self.queue_end: PrefillPuller | QueuedPrefills | None = None
+        self.media: MediaDesk | None = None
+        self.encodes: EncodeDesk | None = None
         self._desks: Desks | None = None
         self._plane: RequestPlane | None = None
         self._info: EngineInfo | None = None
@@ -113,6 +127,15 @@ class WorkerService:
         if isinstance(self.queue_end, QueuedPrefills):
             self.queue_end.pairs = pairs
 
+    def use_media(self, media: MediaDesk, encodes: EncodeDesk | None) -> None:
+        """Take prompts with images from now on, after ``attach``; and make items of them, with ``encodes``."""
+        assert self._desks is not None, "attach() comes first"
+        self.media = self.prefills.media = media
+        self.encodes = encodes
+        if self.decodes is not None:
+            self.decodes.media = media
+        self._desks = replace(self._desks, media=media)
+
     def use_queue(self, end: PrefillPuller | QueuedPrefills) -> None:
         """Take part in the prefill queue, and close that end with this service."""
         self.queue_end = end
@@ -122,10 +145,12 @@ class WorkerService:
 
     @property
     def num_streams(self) -> int:
-        """Streams, handoffs and jobs of the prefill queue that have not ended."""
+        """Streams, handoffs, jobs of the prefill queue, and images in use elsewhere, that have not ended."""
         streams = sum(len(line.streams) for line in self._lines.values())
         jobs = self.queue_end.num_open if self.queue_end is not None else 0
-        return streams + self.prefills.num_open + jobs
+        media = self.media.num_open if self.media is not None else 0
+        encodes = self.encodes.num_open if self.encodes is not None else 0
+        return streams + self.prefills.num_open + jobs + media + encodes
 
     @property
     def progress(self) -> int:
@@ -160,7 +185,7 @@ class WorkerService:
         elif isinstance(message, Drain):
             if self.pairs is not None:
                 self.pairs.drains(peer, message.reason)
-        elif not self._on_handoff(peer, message):
+        elif not (self._on_handoff(peer, message) or self._on_media(peer, message)):
             log.warning("unexpected message", kind=type(message).__name__, peer=str(peer.address))
 
     def _on_handoff(self, peer: Peer, message: Message) -> bool:
@@ -201,6 +226,17 @@ class WorkerService:
             return False
         return True
 
+    def _on_media(self, peer: Peer, message: Message) -> bool:
+        """Take a message about images; False when it is none or not for this worker."""
+        if self.encodes is not None:
+            if self.encodes.on_message(peer, message):
+                return True
+        elif isinstance(message, EncodeAsk):
+            why = f"worker {self._worker_id} makes no embeddings of images"
+            peer.send(EncodeFailed(message.ask, NotSupported.code or "", why))
+            return True
+        return self.media is not None and self.media.on_message(peer, message)
+
     def on_lost(self, peer: Peer, error: PeerLost) -> None:
         """Give up what depended on a lost connection."""
         watcher = self._watchers.get(peer.address)
@@ -208,6 +244,10 @@ class WorkerService:
             del self._watchers[peer.address]
         self._kv_feeds.forget(peer.address)
         self.prefills.peer_lost(peer, error)
+        if self.media is not None:
+            self.media.peer_lost(peer, error)
+        if self.encodes is not None:
+            self.encodes.peer_lost(peer)
         if self.queue_end is not None:
             self.queue_end.peer_lost(peer, error)
         if self.pairs is not None and self.decodes is not None:
@@ -264,6 +304,8 @@ class WorkerService:
     def _abort_request(self, request_id: str) -> None:
         if self.prefills.abort(request_id):
             return
+        if self.media is not None and self.media.abort(request_id):
+            return
         if self.decodes is None or not self.decodes.abort(request_id):
             self._engine.abort(request_id)
 
@@ -307,7 +349,15 @@ class WorkerService:
         pairs = self.pairs.stats() if self.pairs is not None else []
         # Phases are told once: in the round that goes to everybody.
         handoffs = self.meters.take() if with_phases else self.meters.counts()
-        return WorkerStats(self._worker_id, self._engine.stats(), self._num_frames, handoffs, pairs)
+        store = self._engine.media_store if self.media is not None else None
+        return WorkerStats(
+            self._worker_id,
+            self._engine.stats(),
+            self._num_frames,
+            handoffs,
+            pairs,
+            self.media_meters.stats(store) if store is not None else None,
+        )
 
     def publish_stats(self) -> None:
         """Tell everybody who asked the engine's load and the handoffs."""
@@ -326,6 +376,8 @@ class WorkerService:
     def drain(self, reason: str) -> None:
         """Take no new request; running ones go on. Every connected process is told at once."""
         self._draining = self.prefills.draining = reason
+        if self.encodes is not None:
+            self.encodes.drain(reason)
         if self.queue_end is not None:
             self.queue_end.drain()
         for peer in self._plane.peers() if self._plane is not None else ():
@@ -350,6 +402,10 @@ class WorkerService:
         for line in list(self._lines.values()):
             for out in list(line.streams.values()):
                 self._abort_request(out.request_id)
+        if self.encodes is not None:
+            self.encodes.abort_all()
+        if self.media is not None:
+            self.media.abort_all()
 
     async def close(self) -> None:
         """Send what is gathered and forget the ingresses."""
@@ -358,6 +414,10 @@ class WorkerService:
             await self.decodes.close()
         if self.queue_end is not None:
             await self.queue_end.close()
+        if self.encodes is not None:
+            await self.encodes.close()
+        if self.media is not None:
+            await self.media.close()
         for line in list(self._lines.values()):
             await line.close()
         self._lines.clear()

@@ -13,12 +13,14 @@ from typing import Any
 from tests.fakes.planes import MemoryDiscovery
 from tests.fakes.tiny_models import make_tiny_checkpoint
 from trtllm_workers.config.keys import EngineConfig, Setting, default_config
+from trtllm_workers.config.media import MediaSettings
 from trtllm_workers.engines.base import Engine, EngineOptions, generate
 from trtllm_workers.engines.registry import KEYED_ENGINES, build_engine, engine_keys
 from trtllm_workers.errors import PeerLost
 from trtllm_workers.observe.status import StatusFile
 from trtllm_workers.planes.base import Lease, Peer
 from trtllm_workers.planes.frames import columns
+from trtllm_workers.planes.media_messages import Encoded, EncodeFailed
 from trtllm_workers.planes.mesh import TcpMesh, new_incarnation
 from trtllm_workers.planes.messages import Abort, Message, StatsAsk, Submit, Tokens, WorkerStats
 from trtllm_workers.planes.queue import WorkQueue
@@ -35,6 +37,8 @@ from trtllm_workers.types import (
 )
 from trtllm_workers.worker.canary import Canary
 from trtllm_workers.worker.ledger import Ledger
+from trtllm_workers.worker.media_maker import Loader
+from trtllm_workers.worker.media_parts import join_media, open_media_transports
 from trtllm_workers.worker.pairing import owned_by, start_pairs
 from trtllm_workers.worker.pairs import READY
 from trtllm_workers.worker.prefill_desk import HandoffLimits
@@ -120,12 +124,15 @@ class Client:
     last: dict[int, TokenChunk] = field(default_factory=dict)
     stats: dict[str, WorkerStats] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    encoded: dict[int, Encoded | EncodeFailed] = field(default_factory=dict)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     numbers: Any = field(default_factory=lambda: itertools.count(1))
 
     def on_message(self, _peer: Peer, message: Message) -> None:
         if isinstance(message, WorkerStats):
             self.stats[message.worker_id] = message
+        elif isinstance(message, Encoded | EncodeFailed):
+            self.encoded[message.ask] = message
         elif isinstance(message, Tokens):
             for stream, token in zip(*columns(message), strict=True):
                 self.tokens.setdefault(stream, []).append(token)
@@ -180,6 +187,9 @@ class Cluster:
         queue: WorkQueue | None = None,
         fence: FenceTimes = FAST_FENCE,
         transport: str | None = None,
+        loads: Loader | None = None,
+        media_transport: str = "tcp",
+        wrap_media: Callable[[KvTransport], KvTransport] = lambda one: one,
         **config: Any,
     ) -> Node:
         """Start one worker and let it register."""
@@ -195,7 +205,7 @@ class Cluster:
         info = await engine.start()
         transports: list[KvTransport] = []
         for name in (transport or self.transport).split(","):
-            if role is Role.AGGREGATED or engine.kv_pool is None:
+            if role not in (Role.PREFILL, Role.DECODE) or engine.kv_pool is None:
                 break
             kv_transport = open_transport(
                 name,
@@ -223,6 +233,24 @@ class Cluster:
         stack.push_async_callback(mesh.close)
         service.attach(mesh, info, transports, max_local_prefill_length=max_local)
         stack.push_async_callback(service.close)
+        if loads is not None:
+            moving = await open_media_transports(
+                media_transport, role, engine, worker_id=worker_id, host="127.0.0.1"
+            )
+            for one in moving:
+                stack.push_async_callback(one.close)
+            stack.push_async_callback(service.close)  # before they are
+            join_media(
+                service,
+                worker_id,
+                engine,
+                info,
+                mesh,
+                [wrap_media(one) for one in moving],
+                MediaSettings(),
+                limits,
+                loads,
+            )
         if queue is not None:
             join_queue(
                 service,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from trtllm_workers.errors import LaunchError
 from trtllm_workers.ingress.choice import Choice
@@ -11,14 +12,15 @@ from trtllm_workers.ingress.responses import Usage
 from trtllm_workers.ingress.served import Worker
 from trtllm_workers.ingress.streams import Streams
 
-Move = Callable[[Choice, Worker | None, LaunchError], bool]
+Move = Callable[["Answer", Choice, Worker | None, LaunchError], bool]
+T = TypeVar("T")
 
 
 class Answer:
-    """Owner of the choices of one request.
+    """Owner of the choices of one request, and of the work that some of them wait for.
 
-    ``move(choice, worker, error)`` is asked whether a choice that ``worker`` failed can go on
-    elsewhere. ``client_field`` tells what the client calls a field that a worker found fault with.
+    It is not over before all its choices were ``sent``. ``move(answer, choice, worker, error)`` is asked
+    whether a choice that ``worker`` failed can go on elsewhere. ``client_field`` tells what the client calls a field that a worker found fault with.
     ``wake`` is called when nothing more will come: all choices ended, or ``failure``.
     """
 
@@ -40,6 +42,31 @@ class Answer:
         self.cause = ""
         self.timer: asyncio.TimerHandle | None = None
         self._running = 0
+        self._sent = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Begin work that ends with the answer at the latest; when it has ended, ``wake`` is called."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self._wake()
+
+    async def end_work(self) -> None:
+        """Stop what was started and wait until it has ended."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def sent(self) -> None:
+        """Take notice that all choices are on their way."""
+        self._sent = True
 
     def add(self, choice: Choice) -> None:
         """Add a choice that is about to be sent to a worker."""
@@ -49,7 +76,7 @@ class Answer:
     @property
     def over(self) -> bool:
         """True when nothing more will come."""
-        return self._running == 0 or self.failure is not None
+        return (self._running == 0 and self._sent) or self.failure is not None
 
     @property
     def running(self) -> int:
@@ -73,10 +100,14 @@ class Answer:
             self._streams.abort((choice,))
         else:
             self._streams.drop(choice)
-        if self.failure is None and not self._move(choice, worker, error):
-            if error.param is not None:
-                error.param = self._client_field(error.param)
-            self.fail(error, cause="worker_failed")
+        if self.failure is None and not self._move(self, choice, worker, error):
+            self.worker_failed(error)
+
+    def worker_failed(self, error: LaunchError) -> None:
+        """End the answer with what a worker said, in the client's words."""
+        if error.param is not None:
+            error.param = self._client_field(error.param)
+        self.fail(error, cause="worker_failed")
 
     def fail(self, error: LaunchError, *, cause: str) -> None:
         """End the answer with an error; what still runs is aborted."""

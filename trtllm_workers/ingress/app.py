@@ -178,6 +178,10 @@ def _readiness(fleet: Fleet, dispatcher: Dispatcher) -> tuple[int, dict[str, Any
             for name, served in fleet.models.items()
             if served.ready and not served.whole
         }
+        for name, served in fleet.models.items():
+            if served.ready and served.no_images:
+                told = degraded.get(name)
+                degraded[name] = f"{told}; {served.no_images}" if told else served.no_images
         degraded |= {
             name: adapter.missing
             for name, adapter in fleet.adapters.items()
@@ -248,6 +252,10 @@ def _worker(worker: Worker) -> dict[str, Any]:
         "max_seq_len": engine.max_seq_len,
         "streams_from_here": worker.in_flight,
     }
+    if engine.vision is not None:
+        shown["vision"] = engine.vision.family
+    if worker.encodes:
+        shown["images_asked_from_here"] = worker.encoding
     if engine.tensor_parallel_size:
         shown["tensor_parallel_size"] = engine.tensor_parallel_size
     if engine.max_prompt_len:

@@ -1,4 +1,7 @@
-"""The story of a request: parse, tokenise, place, send, stream. Knows no route and no socket."""
+"""The story of a request: parse, encode its images, tokenise, place, send, stream.
+
+Knows no route and no socket.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,34 @@ from functools import partial
 import structlog
 
 from trtllm_workers.errors import (
-    EngineDead,
     EngineError,
     LaunchError,
     Overloaded,
     PeerLost,
     RequestError,
-    TransferError,
     Unavailable,
 )
 from trtllm_workers.ingress.answer import Answer
 from trtllm_workers.ingress.choice import Choice
+from trtllm_workers.ingress.encoders import Encoders
 from trtllm_workers.ingress.exchange import Exchange, Receive, Scope, Send
 from trtllm_workers.ingress.explain import ASK_HEADER, ROUTE_HEADER, route_header, wants_route
 from trtllm_workers.ingress.fleet import Fleet
-from trtllm_workers.ingress.job import Job, rest_of
+from trtllm_workers.ingress.images import Images
+from trtllm_workers.ingress.job import Job
 from trtllm_workers.ingress.meters import CLIENT_LEFT, Meters, RequestMeter
 from trtllm_workers.ingress.openai import Ask, parse_chat, parse_completion
+from trtllm_workers.ingress.placeholders import check_images
 from trtllm_workers.ingress.placing import Decision
-from trtllm_workers.ingress.prompt import budget, tokenize
+from trtllm_workers.ingress.prompt import Items, Prompt, budget, tokenize
 from trtllm_workers.ingress.responses import Shape
+from trtllm_workers.ingress.sending import Sender
 from trtllm_workers.ingress.served import Placement, Served, Worker
 from trtllm_workers.ingress.settings import IngressSettings
 from trtllm_workers.ingress.sse import Wire, stream_answer
 from trtllm_workers.ingress.streams import Streams
+from trtllm_workers.ingress.text import TextModel
 from trtllm_workers.ingress.whole import Collected, respond_whole
-from trtllm_workers.router.pool import Query
 from trtllm_workers.types import GenerateRequest
 
 log = structlog.get_logger(__name__)
@@ -54,19 +59,23 @@ class Endpoint:
 CHAT = Endpoint("/v1/chat/completions", parse_chat, "chatcmpl-")
 COMPLETIONS = Endpoint("/v1/completions", parse_completion, "cmpl-")
 
-# A stream that ended with one of these was a victim: the request itself is as good as before.
-_MOVABLE = (PeerLost, EngineDead, Unavailable, TransferError)
-
 
 class Dispatcher:
     """Answers requests over the fleet's workers."""
 
     def __init__(
-        self, fleet: Fleet, streams: Streams, meters: Meters, settings: IngressSettings
+        self,
+        fleet: Fleet,
+        streams: Streams,
+        encoders: Encoders,
+        meters: Meters,
+        settings: IngressSettings,
     ) -> None:
         self._fleet = fleet
         self._streams = streams
+        self._encoders = encoders
         self._meters = meters
+        self._sender = Sender(fleet.placer, streams, meters, settings.migration_limit)
         self._settings = settings
         self._answers: set[Answer] = set()
         self.closing = ""
@@ -125,13 +134,7 @@ class Dispatcher:
         ask = endpoint.parse(body)
         served = self._fleet.served(ask.model)
         meter.model = served.name
-        text = served.text
-        assert text is not None, "a model that is ready has its tokenizer"
-        max_seq_len = served.max_seq_len
-        prompts = await tokenize(ask, text, vocab_size=served.vocab_size, max_seq_len=max_seq_len)
-        max_prompt_len = served.max_prompt_len
-        budgets = [budget(ask, prompt, max_seq_len, max_prompt_len) for prompt in prompts]
-        _check_min_tokens(ask, min(budgets))
+        job = Job(ask, served, _text(served), self._images(served, ask))
         shape = Shape(
             chat=ask.chat,
             response_id=endpoint.id_prefix + exchange.request_id,
@@ -139,26 +142,32 @@ class Dispatcher:
             model=served.name,
             usage_field=ask.include_usage,
         )
-        job = Job(ask, served, text)
         wire = Wire(exchange, shape, self._settings) if ask.stream else None
         sink = Collected() if wire is None else wire
         answer = self._open(exchange, job)
         try:
+            items = await self._items(exchange, job, answer)
+            if exchange.gone:
+                return None
+            prompts, budgets = await _tokenized(job, items)
+            if answer.failure is not None:
+                raise answer.failure
             if wire is not None:
                 wire.answer = answer
             answer.choices_per_prompt = ask.n
             for prompt, max_tokens in zip(prompts, budgets, strict=True):
-                answer.prompt_tokens += len(prompt)
+                answer.prompt_tokens += len(prompt.token_ids)
                 to = self._submit_choices(
                     exchange.request_id, job, answer, sink, prompt, max_tokens
                 )
                 if to.decision is not None and wants_route(exchange.header(ASK_HEADER)):
                     exchange.more_headers.append((ROUTE_HEADER, route_header(to.decision)))
+            answer.sent()
             meter.accepted(answer)
-            echoes = [job.echo(prompt) for prompt in prompts]
+            echoes = [job.echo(prompt.token_ids) for prompt in prompts]
             if wire is None:
                 assert isinstance(sink, Collected), "answers that are not streamed are collected"
-                await respond_whole(exchange, answer, sink, shape, text.decode, echoes)
+                await respond_whole(exchange, answer, sink, shape, job.text.decode, echoes)
             else:
                 await stream_answer(
                     exchange,
@@ -174,18 +183,42 @@ class Dispatcher:
                 )
             return answer.failure
         finally:
-            self._close(answer)
+            await self._close(answer, job)
+
+    def _images(self, served: Served, ask: Ask) -> Images | None:
+        """Return the images of a request, if it has any. Raises RequestError when they cannot be taken."""
+        if not ask.references:
+            return None
+        check_images(ask, _text(served).template, served.vision)
+        return Images(self._encoders, served, ask.references, self._settings.encode_timeout_s)
+
+    async def _items(self, exchange: Exchange, job: Job, answer: Answer) -> Items:
+        """Return what the images of a request became. Ends early when its client leaves."""
+        if job.images is None:
+            return ()
+        encoding = answer.start(job.images.encode(), f"encode-{exchange.request_id}")
+        while not (encoding.done() or answer.over):
+            await exchange.woken()
+            if exchange.gone:
+                return ()
+        if answer.failure is not None:
+            raise answer.failure
+        return encoding.result()
 
     async def rehearse(self, body: bytes) -> Decision:
         """Return where a request of either endpoint would go now; nothing is sent there."""
         self._admit()
         ask = (parse_chat if b'"messages"' in body else parse_completion)(body)
         served = self._fleet.served(ask.model)
-        assert served.text is not None, "a model that is ready has its tokenizer"
-        prompts = await tokenize(
-            ask, served.text, vocab_size=served.vocab_size, max_seq_len=served.max_seq_len
-        )
-        decision = self._place(served, ask, prompts[0], "").decision
+        images = self._images(served, ask)
+        job = Job(ask, served, _text(served), images)
+        try:
+            items = await images.encode() if images is not None else ()
+            prompts, _ = await _tokenized(job, items)
+            decision = self._sender.place(job, prompts[0].token_ids, prompts[0].media).decision
+        finally:
+            if images is not None:
+                images.close()
         assert decision is not None, "placements come with their decision"
         return decision
 
@@ -198,7 +231,7 @@ class Dispatcher:
 
     def _open(self, exchange: Exchange, job: Job) -> Answer:
         """Begin an answer: it has a deadline, and ``_close`` ends it however we leave."""
-        move, client_field = partial(self._move, job), job.ask.client_field
+        move, client_field = partial(self._sender.move, job), job.ask.client_field
         answer = Answer(self._streams, exchange.wake, move, client_field)
         timeout_s = self._settings.request_timeout_s
         answer.timer = asyncio.get_running_loop().call_later(timeout_s, _expire, answer, timeout_s)
@@ -206,13 +239,18 @@ class Dispatcher:
         self.idle.clear()
         return answer
 
-    def _close(self, answer: Answer) -> None:
+    async def _close(self, answer: Answer, job: Job) -> None:
         if answer.timer is not None:
             answer.timer.cancel()
         answer.abandon("client_left")
         self._answers.discard(answer)
         if not self._answers:
             self.idle.set()
+        if job.images is not None:
+            try:
+                await answer.end_work()
+            finally:
+                job.images.close()
 
     def _submit_choices(
         self,
@@ -220,27 +258,30 @@ class Dispatcher:
         job: Job,
         answer: Answer,
         sink: Wire | Collected,
-        prompt: list[int],
+        prompt: Prompt,
         max_tokens: int,
     ) -> Placement:
         """Send the n choices of one prompt to one worker, and return it: they share its prefix."""
         ask = job.ask
         index = len(answer.choices)
-        to = self._place(job.served, ask, prompt, f"{request_id}-{index}")
+        token_ids = prompt.token_ids
+        to = self._sender.place(job, token_ids, prompt.media, f"{request_id}-{index}")
         for at in range(ask.n):
             index = len(answer.choices)
             request = GenerateRequest(
                 request_id=f"{request_id}-{index}",
-                prompt_token_ids=prompt,
+                prompt_token_ids=token_ids,
                 sampling=ask.sampling(max_tokens, at),
                 cache_salt=ask.cache_salt,
                 lora=job.served.lora,
+                media=prompt.media,
+                prompt_text=prompt.text,
             )
             choice = Choice(
                 index=index,
                 request=request,
                 owner=answer,
-                decoder=job.decoder(prompt),
+                decoder=job.decoder(token_ids),
                 matcher=job.matcher(),
                 token_bytes=job.text.token_bytes if ask.logprobs is not None else None,
                 sink=sink,
@@ -248,92 +289,8 @@ class Dispatcher:
             if isinstance(sink, Collected) and not ask.stop and ask.logprobs is None:
                 choice.be_silent()
             answer.add(choice)
-            to = self._send(job.served, ask, choice, request, to)
+            to = self._sender.send(job, choice, request, to)
         return to
-
-    def _send(
-        self, served: Served, ask: Ask, choice: Choice, request: GenerateRequest, to: Placement
-    ) -> Placement:
-        """Send to where it was placed, or elsewhere while connections turn out to be lost."""
-        for _ in served.workers:
-            try:
-                self._streams.submit(choice, to, request)
-                return to
-            except PeerLost as error:
-                log.warning("worker lost", worker_id=to.worker.worker_id, error=str(error))
-                to = self._place(
-                    served, ask, request.prompt_token_ids, request.request_id, exclude=to.worker
-                )
-        raise Unavailable(f"no worker of model '{served.name}' can be reached")
-
-    def _place(
-        self,
-        served: Served,
-        ask: Ask,
-        prompt: list[int],
-        request_id: str,
-        exclude: Worker | None = None,
-    ) -> Placement:
-        return self._fleet.placer.place(
-            served,
-            ask.fields,
-            Query(prompt, cache_salt=ask.cache_salt, lora=served.lora),
-            exclude,
-            request_id=request_id,
-            client_field=ask.client_field,
-        )
-
-    def _move(self, job: Job, choice: Choice, worker: Worker | None, error: LaunchError) -> bool:
-        """Let a choice go on at another worker, if it can; its client notices nothing.
-
-        The new worker gets the prompt and the tokens so far, when that is still the same request;
-        otherwise the choice may start over, as long as nobody has seen any of it.
-        """
-        if not isinstance(error, _MOVABLE) or choice.moves >= self._settings.migration_limit:
-            return False
-        request = choice.request
-        if not choice.token_ids or job.may_start_over:
-            choice.restart(job.decoder(request.prompt_token_ids), job.matcher())
-        elif job.may_go_on:
-            rest = rest_of(request, choice.token_ids)
-            if rest is None:
-                choice.finish("length", engine_runs=False)
-                return True
-            limit = job.served.max_prompt_len
-            if 0 < limit < len(rest.prompt_token_ids):
-                log.warning(
-                    "stream cannot move",
-                    request_id=request.request_id,
-                    reason="prompt and tokens so far are more than a prompt may have",
-                    tokens=len(rest.prompt_token_ids),
-                    max_prompt_len=limit,
-                )
-                return False
-            request = rest
-        else:
-            return False
-        choice.moves += 1
-        try:
-            to = self._place(
-                job.served,
-                job.ask,
-                request.prompt_token_ids,
-                request.request_id,
-                exclude=worker,
-            )
-            to = self._send(job.served, job.ask, choice, request, to)
-        except LaunchError as nowhere:
-            log.warning("stream cannot move", request_id=request.request_id, reason=str(nowhere))
-            return False
-        self._meters.migrations.add()
-        log.info(
-            "stream moved",
-            request_id=request.request_id,
-            worker_id=worker.worker_id if worker is not None else None,
-            to_worker_id=to.worker.worker_id,
-            tokens=len(choice.token_ids),
-        )
-        return True
 
     def worker_lost(self, worker: Worker, error: PeerLost) -> None:
         """Move or fail every stream of a worker that is gone."""
@@ -357,6 +314,30 @@ class Dispatcher:
     def num_answers(self) -> int:
         """Answers that have not ended."""
         return len(self._answers)
+
+
+def _text(served: Served) -> TextModel:
+    assert served.text is not None, "a model that is ready has its tokenizer"
+    return served.text
+
+
+async def _tokenized(job: Job, items: Items) -> tuple[list[Prompt], list[int]]:
+    """Return every prompt, and how many tokens may be generated for each. Raises RequestError."""
+    ask, served = job.ask, job.served
+    max_seq_len, max_prompt_len = served.max_seq_len, served.max_prompt_len
+    prompts = await tokenize(
+        ask,
+        job.text,
+        vocab_size=served.vocab_size,
+        max_seq_len=max_seq_len,
+        vision=served.vision,
+        items=items,
+    )
+    if job.images is not None:
+        job.images.placed(prompts[0].media)
+    budgets = [budget(ask, prompt, max_seq_len, max_prompt_len) for prompt in prompts]
+    _check_min_tokens(ask, min(budgets))
+    return prompts, budgets
 
 
 def _check_min_tokens(ask: Ask, max_tokens: int) -> None:

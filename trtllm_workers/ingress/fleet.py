@@ -32,8 +32,8 @@ from trtllm_workers.types import Address, Role, WorkerRecord, WorkerState
 
 log = structlog.get_logger(__name__)
 
-# Encode workers stand beside a chain, ingresses in front of it.
-_SERVING = (Role.AGGREGATED, Role.PREFILL, Role.DECODE)
+# Ingresses stand in front of a chain; encode workers beside it.
+_SERVING = (Role.AGGREGATED, Role.PREFILL, Role.DECODE, Role.ENCODE)
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 2.0
 
@@ -130,7 +130,9 @@ class Fleet:
             served.workers.append(worker)
             served.created_s = served.created_s or int(worker.record.started_at_s)
             loader = self._loaders.get(name)
-            if served.text is None and (loader is None or loader.done()):
+            # The vocabulary's size is known to those that generate.
+            generates = worker.role is not Role.ENCODE
+            if served.text is None and generates and (loader is None or loader.done()):
                 self._loaders[name] = _start(self._load(served, worker.record), f"load-{name}")
         for served in list(self.models.values()):
             prefills = [one.record for one in served.workers if one.role is Role.PREFILL]
@@ -207,7 +209,7 @@ class Fleet:
                 peer.send(StatsAsk())
             self._by_address[peer.address] = worker
             worker.problem = ""
-            if self.placer.router.follows_events:
+            if self.placer.router.follows_events and worker.role is not Role.ENCODE:
                 self._ask_for_events(worker)
             self._tell_changed()
             log.info("worker connected", worker_id=worker.worker_id, model=worker.record.model)

@@ -13,6 +13,7 @@ import msgspec
 from trtllm_workers.ingress.choice import Choice
 from trtllm_workers.ingress.detokenize import Decoder
 from trtllm_workers.ingress.exchange import Exchange
+from trtllm_workers.ingress.images import Images
 from trtllm_workers.ingress.openai import Ask
 from trtllm_workers.ingress.responses import Shape
 from trtllm_workers.ingress.served import Served
@@ -24,11 +25,12 @@ from trtllm_workers.types import GenerateRequest
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request on its way: what was asked, of which model."""
+    """One request on its way: what was asked, of which model, with which images."""
 
     ask: Ask
     served: Served
     text: TextModel
+    images: Images | None = None
 
     def decoder(self, prompt: Sequence[int]) -> Decoder:
         """Return a new decoder; a completion goes on with its prompt's text, a chat does not."""
@@ -83,7 +85,10 @@ class Job:
 
 
 def rest_of(request: GenerateRequest, token_ids: list[int]) -> GenerateRequest | None:
-    """Return the request for what is still missing after ``token_ids``; None when nothing is."""
+    """Return the request for what is still missing after ``token_ids``; None when nothing is.
+
+    Its images stay where they were: the old prompt is the new one's beginning.
+    """
     sampling = request.sampling
     left = sampling.max_tokens - len(token_ids)
     if left <= 0:

@@ -19,7 +19,7 @@ from trtllm_workers.ingress.guided import guided_of
 from trtllm_workers.ingress.messages import as_messages
 from trtllm_workers.ingress.parse import parse_body
 from trtllm_workers.ingress.schema import ChatBody, Common, CompletionBody, ResponseFormat
-from trtllm_workers.types import SamplingParams
+from trtllm_workers.types import MediaReference, SamplingParams
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -76,6 +76,7 @@ class Ask:
     ``messages`` for a chat, else ``prompts`` (texts or token ids). ``fields`` are the sampling
     fields that differ from their default; a worker must be capable of each. ``max_tokens`` None
     means what the context leaves. ``guided_by`` is the field that ``guided`` of ``fields`` came in.
+    ``references`` are the images of the messages, in order.
     """
 
     chat: bool
@@ -98,6 +99,7 @@ class Ask:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_variables: Mapping[str, Any] | None = None
+    references: tuple[MediaReference, ...] = ()
 
     def client_field(self, name: str) -> str:
         """Return what the client calls a field that workers know by ``name``."""
@@ -105,6 +107,8 @@ class Ask:
             return self.guided_by or name
         if name == "prompt_token_ids":
             return "messages" if self.chat else "prompt"
+        if name == "media" and self.references:
+            return self.references[0].param
         return name
 
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
@@ -139,9 +143,11 @@ def parse_chat(body: bytes) -> Ask:
             "new one; set one of them",
             param="continue_final_message",
         )
+    messages, references = as_messages(ask.messages)
     return Ask(
         chat=True,
-        messages=as_messages(ask.messages),
+        messages=messages,
+        references=references,
         prompts=(),
         max_tokens=ask.max_tokens or ask.max_completion_tokens,
         logprobs=logprobs,

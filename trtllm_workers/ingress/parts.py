@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from trtllm_workers.errors import PeerLost
 from trtllm_workers.ingress.app import IngressApp, make_app
 from trtllm_workers.ingress.dispatch import Dispatcher
+from trtllm_workers.ingress.encoders import Encoders
 from trtllm_workers.ingress.fleet import Fleet
 from trtllm_workers.ingress.handoff_meters import observe_phases, show_handoffs
 from trtllm_workers.ingress.meters import Meters
@@ -22,6 +23,7 @@ from trtllm_workers.ingress.streams import Streams
 from trtllm_workers.observe.metrics import Metrics, record_engine_stats
 from trtllm_workers.observe.metrics_table import TABLE
 from trtllm_workers.planes.base import Discovery, Peer, RequestPlane
+from trtllm_workers.planes.media_messages import Encoded, EncodeFailed
 from trtllm_workers.planes.messages import (
     Drain,
     KvEvents,
@@ -49,6 +51,7 @@ class Ingress:
         self.fleet: Fleet | None = None
         self.dispatcher: Dispatcher | None = None
         self._streams: Streams | None = None
+        self._encoders = Encoders(self.metrics)
         # Told when somebody closes the deployment: drain for so many seconds, and why.
         self.on_stop_ask: Callable[[StopAsk], None] | None = None
 
@@ -67,6 +70,8 @@ class Ingress:
             self.fleet.peer_events(peer, message)
         elif isinstance(message, Drain):
             self.fleet.peer_drains(peer, message.reason)
+        elif isinstance(message, Encoded | EncodeFailed):
+            self._encoders.on_answer(peer, message)
         elif isinstance(message, WorkerStats):
             worker = self.fleet.peer_stats(peer, message)
             if worker is not None:
@@ -93,7 +98,7 @@ class Ingress:
             connect_timeout_s=self._settings.connect_timeout_s,
         )
         dispatcher = self.dispatcher = Dispatcher(
-            fleet, streams, Meters(self.metrics), self._settings
+            fleet, streams, self._encoders, Meters(self.metrics), self._settings
         )
         self.metrics.before_render(self._show_workers)
         try:
@@ -106,6 +111,7 @@ class Ingress:
 
     def _worker_lost(self, worker: Worker, error: PeerLost) -> None:
         assert self.dispatcher is not None, "a fleet runs with its dispatcher"
+        self._encoders.worker_lost(worker, error)
         self.dispatcher.worker_lost(worker, error)
 
     def _show_workers(self) -> None:

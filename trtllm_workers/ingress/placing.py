@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from trtllm_workers.errors import NotSupported, Unavailable
 from trtllm_workers.ingress.served import Placement, Served, Worker
 from trtllm_workers.router.pool import Charge, Choice, Pool, Query
 from trtllm_workers.router.router import Router
-from trtllm_workers.types import Address, Role, Strategy
+from trtllm_workers.types import Address, MediaItem, Role, Strategy
 
 # Capability → what an operator does to have it, where that is more than another engine.
 _REMEDIES = {
@@ -81,8 +81,10 @@ class Placer:
         return self.router.pool((model, "prefills"))
 
     def pool_of(self, worker: Worker) -> Pool:
-        """Return the pool that a worker belongs to."""
+        """Return the pool that a worker belongs to; that of encode workers has none to place at."""
         model = worker.record.model
+        if worker.role is Role.ENCODE:
+            return self.router.pool((model, "encoders"))
         return self.prefills(model) if worker.role is Role.PREFILL else self.makers(model)
 
     def place(
@@ -101,7 +103,8 @@ class Placer:
         of ``needs`` that none of them honours, as the client called it (``client_field``).
         """
         by_address = served.by_address
-        allowed = self._able(served, needs, exclude, client_field)
+        media = query.media
+        allowed = self._able(served, needs, exclude, client_field, media)
         base = served.base_name
         not_this = exclude.record.address if exclude is not None else None
         chosen = self.makers(base).place(query, allowed=allowed, exclude=not_this)
@@ -109,7 +112,7 @@ class Placer:
             # It may have been the prefill worker's fault, and there is no other decode worker.
             chosen = self.makers(base).place(query, allowed=allowed)
         if chosen is None and allowed is not None:  # only unpaired ones can be reached
-            able = self._able(served, needs, None, client_field, paired=False)
+            able = self._able(served, needs, None, client_field, media, paired=False)
             chosen = self.makers(base).place(query, allowed=able, exclude=not_this)
         if chosen is None:
             raise Unavailable(f"model '{served.name}' has no worker left: {served.missing}")
@@ -154,12 +157,15 @@ class Placer:
         needs: Collection[str],
         exclude: Worker | None,
         client_field: Callable[[str], str],
+        media: Sequence[MediaItem],
         *,
         paired: bool = True,
     ) -> Collection[Address] | None:
         """Return the makers that can take the request, None for all of the pool."""
-        if not served.common_capabilities.issuperset(needs):
+        if media or not served.common_capabilities.issuperset(needs):
             able = [worker for worker in served.makers if worker.takes_requests]
+            if media:
+                able = [worker for worker in able if _takes(worker, media)]
             others = [worker for worker in able if worker is not exclude] or able
             for need in needs:
                 others = [one for one in others if need in one.record.engine.capabilities]
@@ -194,7 +200,9 @@ class Placer:
         if uncached <= maker.record.max_local_prefill_length:
             return None, f"{uncached} uncached tokens are few enough for the decode worker itself"
         allowed: Collection[Address] = maker.ready_pairs
-        if served.base is not None or not served.prefill_capabilities.issuperset(needs):
+        media = query.media
+        special = media or served.base is not None
+        if special or not served.prefill_capabilities.issuperset(needs):
             # It chooses the first token. When none can, decode computes the prompt itself.
             allowed = frozenset(
                 worker.record.address
@@ -202,7 +210,24 @@ class Placer:
                 if worker.role is Role.PREFILL
                 and worker.record.address in maker.ready_pairs
                 and all(need in worker.record.engine.capabilities for need in needs)
+                and (not media or _takes(worker, media))
             )
         not_this = exclude.record.address if exclude is not None else None
         found = self.prefills(served.base_name).place(query, allowed=allowed, exclude=not_this)
         return found, "" if found is not None else "no prefill worker is ready for it"
+
+
+def _takes(worker: Worker, media: Sequence[MediaItem]) -> bool:
+    """True when a worker can compute a prompt with these images.
+
+    An engine's own handle of one is good on its holder's host. A decode worker needs none: its prefill
+    worker computes the prompt.
+    """
+    if worker.record.engine.vision is None:
+        return False
+    if worker.role is Role.DECODE:
+        return True
+    host = worker.record.address.host
+    return not any(
+        item.native and item.holder is not None and item.holder.host != host for item in media
+    )

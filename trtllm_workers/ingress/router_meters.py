@@ -15,7 +15,7 @@ def show_router(metrics: Metrics, fleet: Fleet) -> None:
     for served in fleet.models.values():
         placed = overlap = 0
         has_prefill = any(worker.role is Role.PREFILL for worker in served.workers)
-        for worker in served.workers:
+        for worker in served.chain:
             worker_id = worker.worker_id
             for mode, count in worker.decisions.items():
                 metrics.counter(

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trtllm_workers.ingress.text import TextModel
 from trtllm_workers.planes.base import Peer
 from trtllm_workers.planes.messages import WorkerStats
-from trtllm_workers.types import Address, Role, WorkerRecord, WorkerState
+from trtllm_workers.types import Address, Role, VisionInfo, WorkerRecord, WorkerState
 
 if TYPE_CHECKING:
     from trtllm_workers.ingress.placing import Decision
     from trtllm_workers.router.pool import Choice, Query
+
+_MAKERS = (Role.AGGREGATED, Role.DECODE)
 
 
 class Worker:
@@ -25,7 +28,8 @@ class Worker:
 
     ``events_turn`` numbers our asks for its KV events; ``waits_for_events`` is true while the router
     needs a snapshot of them that has not come. ``refused`` says why it may not serve its model's name.
-    ``decisions`` counts choices of it by router mode.
+    ``decisions`` counts choices of it by router mode. ``encoding`` counts our asks for images there that
+    have no answer.
     """
 
     def __init__(self, record: WorkerRecord) -> None:
@@ -44,6 +48,7 @@ class Worker:
         self.decisions: Counter[str] = Counter()
         self.overlap_tokens = 0
         self.placed_tokens = 0
+        self.encoding = 0
 
     @property
     def worker_id(self) -> str:
@@ -54,6 +59,12 @@ class Worker:
     def role(self) -> Role:
         """What it does."""
         return self.record.role
+
+    @property
+    def encodes(self) -> bool:
+        """True when it makes items of images."""
+        vision = self.record.engine.vision
+        return vision is not None and vision.encodes
 
     @property
     def takes_requests(self) -> bool:
@@ -108,7 +119,9 @@ class TextSide:
 class Served:
     """One served model: its text side and its workers, of whatever role.
 
-    With ``base`` it is an adapter of that model, and ``workers`` are only those that hold it.
+    With ``base`` it is an adapter of that model, and ``workers`` are only those that hold it. Encode
+    workers are among ``workers``, but stand beside the ``chain`` that generates: they have no say in what
+    the model can do, or whether it is there.
     """
 
     def __init__(self, name: str, base: Served | None = None) -> None:
@@ -124,10 +137,14 @@ class Served:
         """Work out what every placement looks at; to be called when workers or pairs change.
 
         ``holders`` are the makers that a request may go to (None: all of the model's), and
-        ``paired_makers`` those of them that need not prefill alone (None: all, or none).
+        ``paired_makers`` those of them that need not prefill alone (None: all, or none). ``vision`` is
+        what the makers know of images, None: they take text only.
         """
+        self.chain = [worker for worker in self.workers if worker.role is not Role.ENCODE]
         self._refuse_strangers()
         makers = self.makers
+        visions = (worker.record.engine.vision for worker in makers)
+        self.vision: VisionInfo | None = next((one for one in visions if one is not None), None)
         prefills = [worker for worker in self.workers if worker.role is Role.PREFILL]
         self.by_address = {worker.record.address: worker for worker in self.workers}
         self.common_capabilities = _common(makers)
@@ -141,7 +158,8 @@ class Served:
         """Let only workers of one checkpoint serve one name: that of the worker that came first."""
         if self.base is not None or not self.workers:
             return
-        first = min(self.workers, key=lambda worker: worker.record.started_at_s).record
+        among = self.chain or self.workers
+        first = min(among, key=lambda worker: worker.record.started_at_s).record
         for worker in self.workers:
             theirs = worker.record.engine.model_id
             worker.refused = (
@@ -198,32 +216,60 @@ class Served:
     @property
     def makers(self) -> list[Worker]:
         """The workers that stream tokens: aggregated and decode ones."""
-        return [worker for worker in self.workers if worker.role is not Role.PREFILL]
+        return [worker for worker in self.workers if worker.role in _MAKERS]
+
+    def encoders(self, but: Collection[Worker] = ()) -> list[Worker]:
+        """Return who can make items of images now; encode workers alone while there are any.
+
+        Else those that compute prompts. Workers of ``but`` do not count.
+        """
+        base = self if self.base is None else self.base
+        able = [one for one in base.workers if one.encodes and one not in but]
+        ready = [one for one in able if one.takes_requests]
+        return [one for one in ready if one.role is Role.ENCODE] or [
+            one for one in ready if one.role is not Role.DECODE
+        ]
+
+    @property
+    def no_images(self) -> str:
+        """Why a model that takes images cannot take any now, for people; "" when it can."""
+        if self.vision is None or self.encoders():
+            return ""
+        base = self if self.base is None else self.base
+        problems = [
+            f"{one.worker_id} is {one.state}: {one.refused or one.problem}"
+            for one in base.workers
+            if one.encodes and one.role is not Role.DECODE
+        ]
+        why = "; ".join(problems) or "none has registered"
+        return f"no encode worker of '{self.name}' is ready ({why})"
 
     @property
     def max_seq_len(self) -> int:
         """What every worker of this model can hold, in tokens."""
-        return min(worker.record.engine.max_seq_len for worker in self.workers)
+        return min(worker.record.engine.max_seq_len for worker in self.chain)
 
     @property
     def max_prompt_len(self) -> int:
         """The longest prompt whose KV every worker of this model can move; 0 = no such limit."""
-        limits = (worker.record.engine.max_prompt_len for worker in self.workers)
+        limits = (worker.record.engine.max_prompt_len for worker in self.chain)
         return min((limit for limit in limits if limit), default=0)
 
     @property
     def vocab_size(self) -> int:
         """Token ids are below this."""
-        return min(worker.record.engine.vocab_size for worker in self.workers)
+        return min(worker.record.engine.vocab_size for worker in self.chain)
 
     @property
     def missing(self) -> str:
         """Why it is not ready, or not whole, for people."""
+        if self.base is None and not self.chain:
+            return "only encode workers have registered"
         if self.text is None:
             return self.text_side.problem
         problems = [
             f"worker {worker.worker_id} is {worker.state}: {worker.refused or worker.problem}"
-            for worker in self.workers
+            for worker in self.chain
             if not worker.takes_requests
         ]
         problems += [

@@ -58,6 +58,7 @@ class IngressSettings:
     * ``tells_launcher_to_stop``: called when the deployment is closed from elsewhere; True: the launcher
       that started this process was told, and will end it in its turn.
     * ``migration_limit``: how often one stream may move to another worker when its own dies.
+    * ``encode_timeout_s``: a request whose images are not encoded by then fails.
     """
 
     discovery: str
@@ -74,6 +75,7 @@ class IngressSettings:
     max_concurrency: int = 4096
     max_connections: int = 8192
     request_timeout_s: float = 3600.0
+    encode_timeout_s: float = 60.0
     connect_timeout_s: float = 5.0
     client_stall_timeout_s: float = 30.0
     max_unread_bytes: int = MIB

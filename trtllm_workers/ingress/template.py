@@ -20,12 +20,14 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trtllm_workers.errors import ConfigError, RequestError
+from trtllm_workers.ingress.content import Messages, last_text_of, probe, shaped
 
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 )
 # Where a template writes a message's name, in the spellings templates use.
 _NAME = re.compile(r"message\w*(?:\.name\b|\[['\"]name['\"]\]|\.get\(['\"]name)")
+_NOTHING: Mapping[str, Any] = {}
 
 
 class _Refused(jinja2.TemplateError):
@@ -90,24 +92,43 @@ class ChatTemplate:
             raise ConfigError(f"{where}: chat template, line {error.lineno}: {error}") from error
         self.knows_developer = "developer" in source
         self.knows_name = _NAME.search(source) is not None
+        self.forms = probe(self._render)
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        image_counts: Sequence[int] = (),
     ) -> str:
-        """Return the prompt text. RequestError names what the template does not accept."""
+        """Return the prompt text. RequestError names what the template does not accept.
+
+        ``image_counts``: how many images each image part of the messages stands for (default: one).
+        """
         variables = variables or {}
         for name in variables:
             if name in _RESERVED:
                 raise RequestError(
                     f"chat_template_kwargs may not set '{name}'", param="chat_template_kwargs"
                 )
+        text = self._render(
+            shaped(messages, self.forms, image_counts),
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+        )
+        return _cut_after_final(text, messages[-1]) if continue_final_message else text
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] = _NOTHING,
+    ) -> str:
         try:
-            text = self._template.render(
+            return self._template.render(
                 **{
                     **self._special_tokens,
                     "messages": messages,
@@ -134,12 +155,11 @@ class ChatTemplate:
                 f"{type(error).__name__}: {error}",
                 param="messages",
             ) from error
-        return _cut_after_final(text, messages[-1]) if continue_final_message else text
 
 
 def _cut_after_final(text: str, final: Mapping[str, Any]) -> str:
     """Cut what the template wrote after the last message, so that the model goes on with it."""
-    content = str(final.get("content") or "")
+    content = last_text_of(final["content"])
     at = text.rfind(content.strip())
     if not content.strip() or at < 0:
         raise RequestError(

@@ -68,6 +68,33 @@ TABLE: tuple[Spec, ...] = (
         "Prompt tokens of accepted requests.",
     ),
     Spec(
+        "trtllm_launch_image_items",
+        "histogram",
+        ("model",),
+        "Images of a request that has any; a file of embeddings may hold several.",
+        (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    ),
+    Spec(
+        "trtllm_launch_image_cached_items_total",
+        "counter",
+        ("model",),
+        "Images of requests that the worker that encodes had already.",
+    ),
+    Spec(
+        "trtllm_launch_image_encode_seconds",
+        "histogram",
+        ("model", "outcome"),
+        "From asking a worker for a request's images to its answer, other workers asked before included; "
+        "outcome is ok, refused, failed or abandoned.",
+        _REQUEST_S,
+    ),
+    Spec(
+        "trtllm_launch_image_encode_retries_total",
+        "counter",
+        ("model",),
+        "Times that another worker was asked for images because one was lost or could not.",
+    ),
+    Spec(
         "trtllm_launch_cached_prompt_tokens_total",
         "counter",
         ("model",),

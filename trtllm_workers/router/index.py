@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from hashlib import blake2b
 from struct import Struct
 
-from trtllm_workers.blocks import HASH_BYTES
+from trtllm_workers.blocks import HASH_BYTES, Marks
 
 _NOTHING: frozenset[bytes] = frozenset()
 
@@ -87,14 +87,16 @@ class BlockIndex:
 class Chain:
     """The block hashes of one prompt, made as they are asked for; see ``blocks.py``.
 
-    ``packed`` are its tokens as bytes, ``step`` the bytes of one block.
+    ``packed`` are its tokens as bytes, ``step`` the bytes of one block; ``marks`` are what the hashes of
+    blocks with images cover besides tokens.
     """
 
-    __slots__ = ("_rest", "_root", "known")
+    __slots__ = ("_marks", "_rest", "_root", "known")
 
-    def __init__(self, packed: bytes, step: int, root: bytes) -> None:
+    def __init__(self, packed: bytes, step: int, root: bytes, marks: Marks | None = None) -> None:
         self.known: list[bytes] = []
         self._root = root
+        self._marks = marks
         whole = memoryview(packed)[: len(packed) // step * step]
         self._rest: Iterator[tuple[bytes]] = Struct(f"{step}s").iter_unpack(whole)
 
@@ -103,9 +105,21 @@ class Chain:
         known = self.known
         yield from known
         parent = known[-1] if known else self._root
+        if self._marks is not None:
+            yield from self._marked(parent, self._marks)
+            return
         # As blocks.py has it, inline: this is where a router spends its time.
         for (tokens,) in self._rest:
             parent = blake2b(parent + tokens, digest_size=HASH_BYTES).digest()
+            known.append(parent)
+            yield parent
+
+    def _marked(self, parent: bytes, marks: Marks) -> Iterator[bytes]:
+        """Make the hashes of a prompt with images."""
+        known = self.known
+        for (tokens,) in self._rest:
+            mark = marks.get(len(known), b"")
+            parent = blake2b(parent + tokens + mark, digest_size=HASH_BYTES).digest()
             known.append(parent)
             yield parent
 

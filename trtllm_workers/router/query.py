@@ -5,21 +5,31 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from trtllm_workers.blocks import TOKEN_TYPE, namespace, root_hash
+from trtllm_workers.blocks import TOKEN_TYPE, media_marks, namespace, root_hash
 from trtllm_workers.router.index import Chain
+from trtllm_workers.types import MediaItem
 
 
 class Query:
-    """One prompt to be placed, perhaps in two pools. ``salt`` and ``lora`` keep prefix caches apart."""
+    """One prompt to be placed, perhaps in two pools. ``salt`` and ``lora`` keep prefix caches apart.
 
-    __slots__ = ("_chains", "_packed", "cache_salt", "lora", "prompt_token_ids")
+    ``media`` are its images: prompts that differ in what they show share nothing from there on.
+    """
+
+    __slots__ = ("_chains", "_packed", "cache_salt", "lora", "media", "prompt_token_ids")
 
     def __init__(
-        self, prompt_token_ids: Sequence[int], *, cache_salt: str = "", lora: str = ""
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        cache_salt: str = "",
+        lora: str = "",
+        media: Sequence[MediaItem] = (),
     ) -> None:
         self.prompt_token_ids = prompt_token_ids
         self.cache_salt = cache_salt
         self.lora = lora
+        self.media = media
         self._packed = b""
         self._chains: dict[tuple[str, int], Chain] = {}
 
@@ -31,7 +41,9 @@ class Query:
             if not self._packed:
                 self._packed = array(TOKEN_TYPE, self.prompt_token_ids).tobytes()
             size = block_size * array(TOKEN_TYPE).itemsize
-            chain = self._chains[key] = Chain(self._packed, size, root_hash(model_id, self.salt))
+            root = root_hash(model_id, self.salt)
+            marks = media_marks(self.media, block_size) if self.media else None
+            chain = self._chains[key] = Chain(self._packed, size, root, marks)
         return chain
 
     @property

@@ -289,7 +289,10 @@ def test_messages_become_what_templates_read() -> None:
         ]
     )
     assert ask.messages == [
-        {"role": "system", "content": "ab"},
+        {
+            "role": "system",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+        },
         {"role": "user", "content": "Hi", "name": "Eva"},
         {"role": "assistant", "content": "No."},
     ]
@@ -303,7 +306,7 @@ def test_messages_become_what_templates_read() -> None:
         (RequestError, {"role": "user"}, "messages[0].content"),
         (
             NotSupported,
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            {"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]},
             "messages[0].content[0].type",
         ),
         (

@@ -19,6 +19,8 @@ _AGGREGATED = {
     "num_workers": "the run is disaggregated; its roles have --num-prefill-workers and "
     "--num-decode-workers",
 }
+# Embeddings of images travel in aggregated runs as well.
+_OF_EVERY_RUN = ("disaggregated", "kv_transport")
 # A block is copied byte for byte, so what decides its bytes must be one and the same.
 _SAME = ("kv_cache_config.tokens_per_block", "kv_cache_config.dtype", "dtype")
 
@@ -33,7 +35,7 @@ def settle_disaggregation(layers: Layers, *, of_one_part: bool) -> None:
         layers.default(name, shipped_engine_config(file))
     if not values["disaggregated"] and not of_one_part:
         for option in DISAGGREGATION_OPTIONS:
-            if option.name != "disaggregated" and layers.given(option.name):
+            if option.name not in _OF_EVERY_RUN and layers.given(option.name):
                 layers.warnings.append(
                     f"{layers.sources[option.name]} has no effect without --disaggregated"
                 )
@@ -47,7 +49,7 @@ def settle_disaggregation(layers: Layers, *, of_one_part: bool) -> None:
                 layers.fail(name, wrong)
     for name in _DEVICES:
         if values[name] is not None:
-            _settle_devices(layers, name)
+            settle_devices(layers, name)
     _settle_timeouts(layers)
     _settle_queue(layers)
 
@@ -66,7 +68,8 @@ def _settle_queue(layers: Layers) -> None:
         )
 
 
-def _settle_devices(layers: Layers, name: str) -> None:
+def settle_devices(layers: Layers, name: str) -> None:
+    """Check a list of GPUs, and drop the spaces in it."""
     text = layers.values[name]
     devices = [one.strip() for one in text.split(",")]
     if not all(devices) or any(" " in one for one in devices):

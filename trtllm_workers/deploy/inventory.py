@@ -17,6 +17,8 @@ from trtllm_workers.deploy.shares import CUDA, THREADS
 # Any one of them will do: NIXL has a module for each CUDA version.
 _TRANSPORT_MODULES = {"ucx": ("ucxx",), "nixl": ("nixl_cu12", "nixl_cu13", "nixl")}
 _MPIRUN_TIMEOUT_S = 5.0
+# For each package what is imported of it.
+_VISION_MODULES = {"pillow": "PIL", "blake3": "blake3", "transformers": "transformers"}
 # How mpirun --version names whose it is; MPICH's program is called Hydra.
 _FLAVOURS = (("(Open MPI)", "openmpi"), ("HYDRA build details", "mpich"))
 
@@ -45,6 +47,7 @@ def take_inventory(environ: Mapping[str, str], engine: str = "") -> Inventory:
             if not any(_has_module(module) for module in modules)
         },
         queue_lacks=_queue_lacks(),
+        vision_lacks=vision_lacks(),
         mpirun=mpirun,
         mpi_flavour=flavour,
         in_slurm_job=engine == "trtllm" and bool(environ.get("SLURM_JOB_ID")),
@@ -56,6 +59,11 @@ def _queue_lacks() -> tuple[str, ...]:
     """Return what is missing of the prefill queue's client and server."""
     client = () if _has_module("nats") else ("nats-py",)
     return client if nats_program() else (*client, "nats-server")
+
+
+def vision_lacks() -> tuple[str, ...]:
+    """Return the missing packages that images need."""
+    return tuple(name for name, module in _VISION_MODULES.items() if not _has_module(module))
 
 
 def _has_module(name: str) -> bool:

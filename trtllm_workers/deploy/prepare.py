@@ -12,7 +12,7 @@ from trtllm_workers.config.options import LAUNCH_OPTIONS
 from trtllm_workers.config.settings import Settings, resolve
 from trtllm_workers.demo import DEMO_MODEL_NAME, demo_model_path
 from trtllm_workers.deploy.engine_configs import load_engine_configs
-from trtllm_workers.deploy.names import ENGINE_CONFIG_OF, worker_options
+from trtllm_workers.deploy.names import ENGINE_CONFIG_OF, roles_of, worker_options
 from trtllm_workers.deploy.trtllm_facts import find_facts, quick_facts
 from trtllm_workers.deploy.trtllm_host import choose_engine, require_trtllm
 from trtllm_workers.types import Role
@@ -38,8 +38,7 @@ def prepare(
     Only ``to_start`` must this host have what the engine needs; a plan may be made anywhere.
     """
     settings = prepare_settings(explicit, environ)
-    roles = (Role.PREFILL, Role.DECODE) if settings.disaggregated else (Role.AGGREGATED,)
-    files = {role: getattr(settings, ENGINE_CONFIG_OF[role]) for role in roles}
+    files = {role: getattr(settings, ENGINE_CONFIG_OF[role]) for role in roles_of(settings)}
     loaded = load_engine_configs(settings, files, environ)
     configs = loaded.configs
     if settings.disaggregated and settings.engine != "trtllm":  # whose linter compares more

@@ -126,10 +126,18 @@ def _prefill_queue(
     )
 
 
-def _encodes(role: str, told: str | None) -> bool:
+def _encodes(settings: Settings, role: str, told: str | None) -> bool:
     """Return whether a worker of this role makes embeddings. Raises ConfigError for one that must."""
     if role == "encode" and told == "off":
-        raise ConfigError("--encodes: off, but --role is encode; take one of the two back")
+        raise ConfigError(
+            "--encodes: off, but --role is encode; take one of the two back", param="encodes"
+        )
+    if role == "encode" and settings.modality == "text":
+        raise ConfigError(
+            f"--role encode needs a model with a vision tower, and {settings.model_path} is served for text "
+            f"only (modality {settings.modality}: {settings.sources['modality']})",
+            param="role",
+        )
     return told == "on" if told else role != "decode"
 
 
@@ -211,7 +219,7 @@ def command(dry_run: bool, **values: Any) -> int:
     host = host or prepared.settings.plane_host
     settings, engine_config = prepared.settings, prepared.engine_configs[Role(role)]
     worker_id = own_value(WORKER_ID, values["worker_id"])
-    encodes = _encodes(role, own_value(ENCODES, values["encodes"]))
+    encodes = _encodes(settings, role, own_value(ENCODES, values["encodes"]))
     discovery = discovery_of(settings)
     if dry_run:
         warn((*settings.warnings, *prepared.notes))

@@ -17,8 +17,6 @@ from trtllm_workers.deploy.shares import CUDA, THREADS
 # Any one of them will do: NIXL has a module for each CUDA version.
 _TRANSPORT_MODULES = {"ucx": ("ucxx",), "nixl": ("nixl_cu12", "nixl_cu13", "nixl")}
 _MPIRUN_TIMEOUT_S = 5.0
-# For each package what is imported of it.
-_VISION_MODULES = {"pillow": "PIL", "blake3": "blake3", "transformers": "transformers"}
 # How mpirun --version names whose it is; MPICH's program is called Hydra.
 _FLAVOURS = (("(Open MPI)", "openmpi"), ("HYDRA build details", "mpich"))
 
@@ -47,7 +45,7 @@ def take_inventory(environ: Mapping[str, str], engine: str = "") -> Inventory:
             if not any(_has_module(module) for module in modules)
         },
         queue_lacks=_queue_lacks(),
-        vision_lacks=vision_lacks(),
+        vision_lacks=vision_lacks(engine),
         mpirun=mpirun,
         mpi_flavour=flavour,
         in_slurm_job=engine == "trtllm" and bool(environ.get("SLURM_JOB_ID")),
@@ -61,9 +59,20 @@ def _queue_lacks() -> tuple[str, ...]:
     return client if nats_program() else (*client, "nats-server")
 
 
-def vision_lacks() -> tuple[str, ...]:
+def vision_packages(engine: str) -> dict[str, str]:
+    """Return the packages that images need, and what is imported of each.
+
+    The other engines have no use for the vision towers of transformers.
+    """
+    packages = {"pillow": "PIL", "blake3": "blake3"}
+    return packages | ({"transformers": "transformers"} if engine == "torch" else {})
+
+
+def vision_lacks(engine: str) -> tuple[str, ...]:
     """Return the missing packages that images need."""
-    return tuple(name for name, module in _VISION_MODULES.items() if not _has_module(module))
+    return tuple(
+        name for name, module in vision_packages(engine).items() if not _has_module(module)
+    )
 
 
 def _has_module(name: str) -> bool:

@@ -140,7 +140,7 @@ def make_plan(
     if settings.disaggregated and settings.engine != "trtllm":  # which moves its KV itself
         _require_transport(settings, inventory)
     if settings.modality == MULTIMODAL:
-        _require_vision(settings, inventory)
+        _require_vision(inventory)
     queued = settings.disaggregated and settings.prefill_dispatch == "queue"
     own_nats = queued and settings.nats_server is None
     if queued:
@@ -308,11 +308,8 @@ def _require_transport(settings: Settings, inventory: Inventory) -> None:
         )
 
 
-def _require_vision(settings: Settings, inventory: Inventory) -> None:
-    # TensorRT-LLM and the simulator have no use for the vision towers of transformers.
-    lacks = [
-        one for one in inventory.vision_lacks if settings.engine == "torch" or one != "transformers"
-    ]
+def _require_vision(inventory: Inventory) -> None:
+    lacks = inventory.vision_lacks
     if lacks:
         raise ConfigError(
             f"the model takes images, and that needs the Python package{'s' if lacks[1:] else ''} "

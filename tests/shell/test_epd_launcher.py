@@ -107,6 +107,18 @@ def test_limits_of_the_reference_reach_the_workers(model: Path, tmp_path: Path) 
     assert "max-file-size" not in found["ingress"]
 
 
+def test_embeddings_of_another_dtype_are_refused_before_anything_starts(
+    model: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "e.yaml"
+    config.write_text("dtype: float16\n")
+    done = run(MODEL_PATH=str(model), ENCODE_ENGINE_ARGS=str(config))
+    assert done.returncode == 2
+    assert "encode workers hand embeddings over as they are, but differ" in done.stderr
+    assert re.search(r"dtype is float16 \(\S*e\.yaml:1\) for encode and auto", done.stderr)
+    assert "--set dtype=VALUE sets it for all" in done.stderr
+
+
 def test_without_a_model_it_says_where_to_get_one() -> None:
     done = run()
     assert done.returncode == 2

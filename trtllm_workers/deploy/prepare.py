@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trtllm_workers.config.disaggregation import require_same_blocks
+from trtllm_workers.config.disaggregation import require_same_blocks, require_same_rows
 from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.options import LAUNCH_OPTIONS
 from trtllm_workers.config.settings import Settings, resolve
@@ -43,6 +43,8 @@ def prepare(
     configs = loaded.configs
     if settings.disaggregated and settings.engine != "trtllm":  # whose linter compares more
         require_same_blocks(configs[Role.PREFILL], configs[Role.DECODE])
+    if settings.engine != "trtllm":
+        require_same_rows(configs)
     if to_start and settings.engine == "trtllm":
         require_trtllm(settings, configs, find_facts(environ))
     return Prepared(settings, configs, loaded.notes)

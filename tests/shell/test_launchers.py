@@ -18,6 +18,7 @@ WORDS = {
     "gpt_oss_disagg.sh": ["up", "--disaggregated"],
     "agg_router.sh": ["up"],
     "disagg_router.sh": ["up", "--disaggregated"],
+    "epd_disagg.sh": ["up", "--disaggregated"],
 }
 # Those whose first word says which step of a deployment on several hosts they are.
 STEPS = {

@@ -105,6 +105,7 @@ def command(dry_run: bool, **values: Any) -> int:
                     ),
                     uses_events=settings.router_events == "on",
                 ),
+                encode_timeout_s=settings.encode_timeout_s,
                 drain_timeout_s=settings.drain_timeout_s,
                 status_file=status_file,
                 tells_launcher_to_stop=launcher_teller(environ),

@@ -28,6 +28,7 @@ COMMANDS = {
     "explain": "Say where the router sent requests, and why.",
     "ps": "List runs and their processes.",
     "stop": "End a run, with everything it started.",
+    "embed": "Make a file of embeddings of images, to name in requests.",
     "slurm": "Run on SLURM: plan, run, status, stop, probe.",
     "bench": "Measure a deployment, compare measurements, judge disaggregation.",
     "lint": "Check engine configs for TensorRT-LLM: keys, roles, pairs, memory.",

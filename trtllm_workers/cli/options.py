@@ -19,6 +19,7 @@ _TITLES = {
     "ingress": "Ingress",
     "workers": "Workers",
     "disaggregation": "Disaggregation",
+    "images": "Images",
     "router": "Router",
     "planes": "Planes",
     "slurm": "SLURM",

@@ -26,7 +26,7 @@ def command(show_config: bool, **values: Any) -> int:
     if show_config:
         tables = [f"launcher settings\n\n{show_settings(prepared.settings)}"]
         for role, config in prepared.engine_configs.items():
-            whose = f" of {role} workers" if prepared.settings.disaggregated else ""
+            whose = f" of {role} workers" if len(prepared.engine_configs) > 1 else ""
             tables.append(
                 f"engine config{whose} ({prepared.settings.engine})\n\n{show_engine_config(config)}"
             )

@@ -43,9 +43,20 @@ ROLE = Option(
     env=(),
     default="aggregated",
     kind=str,
-    choices=("aggregated", "prefill", "decode"),
-    help="What it does; prefill and decode take the engine config that 'up' gives the role.",
+    choices=("aggregated", "prefill", "decode", "encode"),
+    help="What it does; each role takes the engine config that 'up' gives it. encode: only images.",
     group="workers",
+)
+ENCODES = Option(
+    name="encodes",
+    flag="--encodes",
+    env=(),
+    default=None,
+    default_text="on, but off for decode workers",
+    kind=str,
+    choices=("on", "off"),
+    help="Whether it encodes images itself and loads the vision tower; off: encode workers do.",
+    group="images",
 )
 HOST = Option(
     name="host",
@@ -87,7 +98,7 @@ def _prefill_queue(
     settings: Settings, role: str, secret: bytes, nats_status: Path | None
 ) -> PrefillQueue | None:
     """Return which prefill queue to take part in; None: none."""
-    if settings.prefill_dispatch != "queue" or role == "aggregated":
+    if settings.prefill_dispatch != "queue" or role not in ("prefill", "decode"):
         return None
     from trtllm_workers.config.outside import NatsLogin, nats_login, parse_nats
     from trtllm_workers.planes.queue import queue_token
@@ -113,6 +124,31 @@ def _prefill_queue(
         login=NatsLogin(token=queue_token(secret)),
         storage="memory",  # such a server ends with the run
     )
+
+
+def _encodes(settings: Settings, role: str, told: str | None) -> bool:
+    """Return whether a worker of this role makes embeddings. Raises ConfigError for one that must."""
+    if role == "encode" and told == "off":
+        raise ConfigError(
+            "--encodes: off, but --role is encode; take one of the two back", param="encodes"
+        )
+    if role == "encode" and settings.modality == "text":
+        raise ConfigError(
+            f"--role encode needs a model with a vision tower, and {settings.model_path} is served for text "
+            f"only (modality {settings.modality}: {settings.sources['modality']})",
+            param="role",
+        )
+    return told == "on" if told else role != "decode"
+
+
+def _transport(settings: Settings, role: str) -> str:
+    """Return the transport; where no KV moves, and none was asked for, the best there is."""
+    moves_kv = role in ("prefill", "decode") and settings.engine != "trtllm"
+    return settings.kv_transport if moves_kv or _given(settings, "kv_transport") else "auto"
+
+
+def _given(settings: Settings, name: str) -> bool:
+    return settings.sources[name] != "default"
 
 
 def _engine_options(settings: Settings, role: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -143,7 +179,7 @@ class _WorkerCommand(GroupedCommand):
 
 @click.command("worker", cls=_WorkerCommand, variables=secret_variables(WORKER_OPTIONS))
 @table_options(WORKER_OPTIONS)
-@own_options(WORKER_ID, ROLE, HOST, PORT, ADVERTISE_HOST, STATUS_FILE, NATS_STATUS_FILE)
+@own_options(WORKER_ID, ROLE, ENCODES, HOST, PORT, ADVERTISE_HOST, STATUS_FILE, NATS_STATUS_FILE)
 @click.option("--dry-run", is_flag=True, help=DRY_RUN_HELP)
 def command(dry_run: bool, **values: Any) -> int:
     """Run one worker: an engine behind the request plane."""
@@ -165,6 +201,7 @@ def command(dry_run: bool, **values: Any) -> int:
         mpi_rank,
         rank_in_step,
     )
+    from trtllm_workers.config.images import TEXT, media_settings
     from trtllm_workers.config.outside import etcd_login, tls_files
     from trtllm_workers.config.settings import show_settings
     from trtllm_workers.deploy.names import worker_options
@@ -182,6 +219,7 @@ def command(dry_run: bool, **values: Any) -> int:
     host = host or prepared.settings.plane_host
     settings, engine_config = prepared.settings, prepared.engine_configs[Role(role)]
     worker_id = own_value(WORKER_ID, values["worker_id"])
+    encodes = _encodes(settings, role, own_value(ENCODES, values["encodes"]))
     discovery = discovery_of(settings)
     if dry_run:
         warn((*settings.warnings, *prepared.notes))
@@ -232,7 +270,7 @@ def command(dry_run: bool, **values: Any) -> int:
                 advertise_host=reached_at,
                 status_file=status_file,
                 drain_timeout_s=settings.drain_timeout_s,
-                kv_transport=settings.kv_transport,
+                kv_transport=_transport(settings, role),
                 max_local_prefill_length=settings.max_local_prefill_length,
                 canary_interval_s=settings.canary_interval_s,
                 prefill_timeout_s=settings.prefill_timeout_s,
@@ -242,6 +280,9 @@ def command(dry_run: bool, **values: Any) -> int:
                 tells_launcher_to_stop=launcher_teller(environ),
                 on_loaded=partial(facts.write, "ready", reached_at),
                 prefill_queue=_prefill_queue(settings, role, secret, nats_status),
+                media=media_settings(settings),
+                encodes=encodes,
+                takes_images=settings.modality != TEXT,
                 extra=extra,
             )
         )

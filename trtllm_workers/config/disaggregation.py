@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from trtllm_workers.config.disaggregation_options import DISAGGREGATION_OPTIONS
 from trtllm_workers.config.engine_config import shown_value
 from trtllm_workers.config.keys import EngineConfig
@@ -9,6 +11,7 @@ from trtllm_workers.config.layers import Layers, file_problem
 from trtllm_workers.config.shipped import shipped_engine_config
 from trtllm_workers.config.values import shown
 from trtllm_workers.errors import ConfigError
+from trtllm_workers.types import Role
 
 _SHIPPED = {"prefill_engine_config": "prefill.yaml", "decode_engine_config": "decode.yaml"}
 _DEVICES = ("prefill_cuda_visible_devices", "decode_cuda_visible_devices")
@@ -19,6 +22,8 @@ _AGGREGATED = {
     "num_workers": "the run is disaggregated; its roles have --num-prefill-workers and "
     "--num-decode-workers",
 }
+# Embeddings of images travel in aggregated runs as well.
+_OF_EVERY_RUN = ("disaggregated", "kv_transport")
 # A block is copied byte for byte, so what decides its bytes must be one and the same.
 _SAME = ("kv_cache_config.tokens_per_block", "kv_cache_config.dtype", "dtype")
 
@@ -33,7 +38,7 @@ def settle_disaggregation(layers: Layers, *, of_one_part: bool) -> None:
         layers.default(name, shipped_engine_config(file))
     if not values["disaggregated"] and not of_one_part:
         for option in DISAGGREGATION_OPTIONS:
-            if option.name != "disaggregated" and layers.given(option.name):
+            if option.name not in _OF_EVERY_RUN and layers.given(option.name):
                 layers.warnings.append(
                     f"{layers.sources[option.name]} has no effect without --disaggregated"
                 )
@@ -47,7 +52,7 @@ def settle_disaggregation(layers: Layers, *, of_one_part: bool) -> None:
                 layers.fail(name, wrong)
     for name in _DEVICES:
         if values[name] is not None:
-            _settle_devices(layers, name)
+            settle_devices(layers, name)
     _settle_timeouts(layers)
     _settle_queue(layers)
 
@@ -66,7 +71,8 @@ def _settle_queue(layers: Layers) -> None:
         )
 
 
-def _settle_devices(layers: Layers, name: str) -> None:
+def settle_devices(layers: Layers, name: str) -> None:
+    """Check a list of GPUs, and drop the spaces in it."""
     text = layers.values[name]
     devices = [one.strip() for one in text.split(",")]
     if not all(devices) or any(" " in one for one in devices):
@@ -93,16 +99,7 @@ def _settle_timeouts(layers: Layers) -> None:
 
 def require_same_blocks(prefill: EngineConfig, decode: EngineConfig) -> None:
     """Raise ConfigError, naming both values and places, where KV blocks of the two would differ."""
-    lines = []
-    for key in _SAME:
-        if key not in prefill.settings or key not in decode.settings:
-            continue
-        if prefill[key] != decode[key]:
-            prefill_says, decode_says = (
-                f"{shown_value(config[key])} ({config.source(key)})" for config in (prefill, decode)
-            )
-            lines.append(f"{key} is {prefill_says} for prefill and {decode_says} for decode")
-    if lines:
+    if lines := _differences(_SAME, (Role.PREFILL, prefill), (Role.DECODE, decode)):
         raise ConfigError(
             "\n".join(
                 [
@@ -113,3 +110,38 @@ def require_same_blocks(prefill: EngineConfig, decode: EngineConfig) -> None:
             ),
             param="decode_engine_config",
         )
+
+
+def require_same_rows(configs: Mapping[Role, EngineConfig]) -> None:
+    """Raise ConfigError, naming values and places, where embeddings would be read in another dtype."""
+    if Role.ENCODE not in configs:
+        return
+    encode = (Role.ENCODE, configs[Role.ENCODE])
+    others = [one for one in configs.items() if one[0] is not Role.ENCODE]
+    if lines := [line for other in others for line in _differences(("dtype",), encode, other)]:
+        raise ConfigError(
+            "\n".join(
+                [
+                    "encode workers hand embeddings over as they are, but differ from who takes them:",
+                    *lines,
+                    "give all the same value; --set dtype=VALUE sets it for all",
+                ]
+            ),
+            param="encode_engine_config",
+        )
+
+
+def _differences(
+    keys: Sequence[str], one: tuple[Role, EngineConfig], other: tuple[Role, EngineConfig]
+) -> list[str]:
+    lines = []
+    for key in keys:
+        if any(key not in config.settings for _, config in (one, other)):
+            continue
+        if one[1][key] != other[1][key]:
+            says = [
+                f"{shown_value(config[key])} ({config.source(key)}) for {role}"
+                for role, config in (one, other)
+            ]
+            lines.append(f"{key} is {' and '.join(says)}")
+    return lines

@@ -11,12 +11,11 @@ from pathlib import Path
 from trtllm_workers.config.spelling import edit_distance
 from trtllm_workers.errors import ConfigError
 
-# Launcher variables of the wider family that this version does not act on. Whoever sets one
+# Launcher variables of the wider family that this version does not act on, and why. Whoever sets one
 # expects an effect, so it is said rather than ignored.
-_NOT_HONOURED = (
-    "ENCODE_ENGINE_ARGS",
-    "MODALITY",
-)
+_NOT_HONOURED = {
+    "ENCODE_ENDPOINT": "encode workers are found by themselves",
+}
 
 # Variables of other software that lie within two edits of one of ours.
 _KNOWN_ELSEWHERE = frozenset(
@@ -195,7 +194,8 @@ def suspicious_variables(ours: Collection[str], environ: Mapping[str, str]) -> l
         if name in ours or name in _KNOWN_ELSEWHERE or not environ[name].strip():
             continue
         if name in _NOT_HONOURED:
-            warnings.append(f"environment {name} is set, but this version does not honour it")
+            why = _NOT_HONOURED[name]
+            warnings.append(f"environment {name} is set, but has no effect: {why}")
         elif near := _meant(name, ours):
             warnings.append(f"environment {name} is set, but has no effect; did you mean {near}?")
     return warnings

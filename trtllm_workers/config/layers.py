@@ -56,7 +56,7 @@ class Layers:
 
     def _typed(self, option: Option, given: Any) -> Any:
         if option.multiple:
-            return tuple(given)
+            return _several(given) if isinstance(given, str) else tuple(given)
         if isinstance(given, str) and not given.strip():
             self.fail(option.name, "must not be empty")
             return option.default
@@ -98,6 +98,11 @@ def _word(given: str, choices: Collection[str]) -> str:
     text = given.strip().casefold()
     ours = text.replace("-", "_")
     return ours if ours in choices else text
+
+
+def _several(text: str) -> tuple[str, ...]:
+    """Return the values in a variable of an option that may be given several times: commas between."""
+    return tuple(word for one in text.split(",") if (word := one.strip()))
 
 
 def file_problem(path: Path | None) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trtllm_workers.config.disaggregation_options import DISAGGREGATION_OPTIONS
+from trtllm_workers.config.media_options import MEDIA_OPTIONS
 from trtllm_workers.config.option import Option
 from trtllm_workers.config.planes_options import PLANES_OPTIONS
 from trtllm_workers.config.router_options import ROUTER_OPTIONS
@@ -21,6 +22,7 @@ GROUPS = (
     "ingress",
     "workers",
     "disaggregation",
+    "images",
     "router",
     "planes",
     "slurm",
@@ -232,6 +234,7 @@ LAUNCH_OPTIONS: tuple[Option, ...] = (
         group="workers",
     ),
     *DISAGGREGATION_OPTIONS,
+    *MEDIA_OPTIONS,
     *ROUTER_OPTIONS,
     *PLANES_OPTIONS,
     Option(

@@ -20,6 +20,7 @@ from typing import Any
 from trtllm_workers.config.disaggregation import settle_disaggregation
 from trtllm_workers.config.engine_config import Override, parse_override
 from trtllm_workers.config.env import hub_cache_dir, state_dir, suspicious_variables
+from trtllm_workers.config.images import settle_images
 from trtllm_workers.config.layers import Layers, file_problem
 from trtllm_workers.config.model_folder import model_folder_problem, served_name
 from trtllm_workers.config.options import GROUPS, LAUNCH_OPTIONS, Option
@@ -46,7 +47,7 @@ def _torch_unseen() -> tuple[str, str]:
 class Settings:
     """All launcher settings; field names are those of ``LAUNCH_OPTIONS``.
 
-    ``engine`` is never ``auto``; the engine configs of the roles that are started are files that
+    ``engine`` and ``modality`` are never ``auto``; the engine configs of the roles that are started are files that
     exist. None means: ``…_cuda_visible_devices`` the planner's share, ``discovery`` a directory of
     the run, ``cluster_secret`` a random one for the run, ``log_dir`` in the run's own folder,
     ``sim_cost_model`` the engine's own. ``sources`` tells where each value came from; ``warnings``
@@ -85,6 +86,19 @@ class Settings:
     handoff_min_timeout_s: float
     handoff_max_timeout_s: float
     canary_interval_s: float
+    modality: str
+    num_encode_workers: int
+    encode_engine_config: Path | None
+    encode_cuda_visible_devices: str | None
+    allowed_local_media_path: Path | None
+    media_url_host: tuple[str, ...]
+    allow_pickle_embeddings: bool
+    max_file_size_mb: int
+    max_image_pixels: int
+    max_images: int
+    media_timeout_s: float
+    media_cache_mb: int
+    encode_timeout_s: float
     start_timeout_s: float
     drain_timeout_s: float
     router_mode: str
@@ -153,6 +167,9 @@ def resolve(
     else:
         layers.default("model_path", Path())
         layers.default("served_model_name", "")
+    settle_images(
+        layers, layers.values["model_path"] if with_model else None, of_one_part=of_one_part
+    )
     _settle_planes(layers)
     layers.default("run_dir", state_dir(environ))
     if layers.problems:
@@ -249,7 +266,7 @@ def show_settings(settings: Settings, only: Collection[str] | None = None) -> st
             words = (
                 "=".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in value
             )
-            text = " ".join(words) or "none"
+            text = " ".join(words) or option.default_text or "none"
         elif value is None:
             text = option.default_text
         elif isinstance(value, bool):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtllm_workers.config.images import MULTIMODAL
 from trtllm_workers.config.options import LAUNCH_OPTIONS, Option
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.deploy.names import (
@@ -87,7 +88,18 @@ def worker_argv(
     python = _PYTHON_RANK if crew.runs_as_ranks else _PYTHON
     role = [] if crew.role is Role.AGGREGATED else ["--role", str(crew.role)]
     config = getattr(settings, ENGINE_CONFIG_OF[crew.role])
-    flags = _flags(settings, worker_options(crew.role), engine_config=config)
+    moves_kv = crew.role in (Role.PREFILL, Role.DECODE)
+    names = [
+        name
+        for name in worker_options(crew.role)
+        if name != "kv_transport" or moves_kv or settings.modality == MULTIMODAL
+    ]
+    # Said to TensorRT-LLM the transport would win over the one that its engine config names; and where
+    # no KV moves, embeddings take the best there is.
+    says_transport = moves_kv and settings.engine != "trtllm"
+    flags = _flags(settings, names, says_transport=says_transport, engine_config=config)
+    if settings.num_encode_workers and crew.role in (Role.AGGREGATED, Role.PREFILL):
+        flags += ["--encodes", "off"]
     if share.gpu_fraction is not None:
         flags += ["--set", f"{GPU_FRACTION}={share.gpu_fraction:g}"]
     return [
@@ -129,10 +141,13 @@ def _paragraph(process: PlannedProcess) -> str:
     return f"# {process.name}\n{env}" + " \\\n  ".join(lines)
 
 
-def _flags(settings: Settings, names: Sequence[str], **instead: object) -> list[str]:
+def _flags(
+    settings: Settings, names: Sequence[str], *, says_transport: bool = True, **instead: object
+) -> list[str]:
     """Return the flags for everything that is not a default, whatever layer it came from.
 
-    ``instead`` holds values to say in place of the settings' own.
+    ``instead`` holds values to say in place of the settings' own. Without ``says_transport`` the default
+    transport goes unsaid.
     """
     words: list[str] = []
     for option in LAUNCH_OPTIONS:
@@ -140,8 +155,7 @@ def _flags(settings: Settings, names: Sequence[str], **instead: object) -> list[
             continue
         value: Any = instead.get(option.name, getattr(settings, option.name))
         given = settings.sources[option.name] != "default"
-        # Said to TensorRT-LLM it would win over the transport that its engine config names.
-        silent = option.name == "kv_transport" and settings.engine == "trtllm"
+        silent = option.name == "kv_transport" and not says_transport
         if value is None or not (given or (option.name in _ALWAYS and not silent)):
             continue
         for one in value if option.multiple else (value,):
@@ -151,6 +165,8 @@ def _flags(settings: Settings, names: Sequence[str], **instead: object) -> list[
 
 def _flag(option: Option, value: object) -> list[str]:
     assert option.flag is not None
+    if isinstance(value, bool):
+        return [option.flag] if value else []
     if isinstance(value, tuple):  # NAME=DIR
         text = "=".join(map(str, value))
     else:

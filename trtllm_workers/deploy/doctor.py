@@ -18,13 +18,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trtllm_workers.config.images import MULTIMODAL
 from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.deploy.ask import ask as _ask
 from trtllm_workers.deploy.doctor_host import left_overs, limit_findings
 from trtllm_workers.deploy.doctor_services import service_findings
 from trtllm_workers.deploy.findings import Finding, in_section, note, ok, problem
-from trtllm_workers.deploy.inventory import mpiexec_path
+from trtllm_workers.deploy.inventory import mpiexec_path, vision_lacks, vision_packages
 from trtllm_workers.deploy.ports import require_free_port
 from trtllm_workers.deploy.prepare import Prepared, prepare, prepare_settings
 from trtllm_workers.deploy.run import Run
@@ -113,6 +114,7 @@ def examine(
         findings.append(_port(settings, runs))
     findings += [_stale_runs(runs), left_overs(roots)]
     findings += [_part(part, needed=part.extra in needed) for part in (_UCX, _NIXL, _MPI)]
+    findings.append(_images(settings))
     findings += service_findings(settings, environ)
     return [in_section(one) for one in findings]
 
@@ -214,6 +216,7 @@ def _memory(settings: Settings | None) -> Finding:
     text = f"{available / _GIB:.1f} of {total / _GIB:.1f} GiB free"
     if settings is not None and settings.engine == "torch":
         weights = sum(path.stat().st_size for path in settings.model_path.glob("*.safetensors"))
+        # An encode worker takes the vision tower's part alone, which is small.
         workers = settings.num_workers
         if settings.disaggregated:
             workers = settings.num_prefill_workers + settings.num_decode_workers
@@ -267,6 +270,25 @@ def _part(part: _Part, *, needed: bool) -> Finding:
         return say(part.subject, f"{part.module} does not import: {done}", fix)
     versions = ", ".join(f"{name} {_version(name) or '?'}" for name in part.packages)
     return ok(part.subject, f"{versions}; for {part.purpose}")
+
+
+def _images(settings: Settings | None) -> Finding:
+    engine = settings.engine if settings else "torch"
+    lacks = vision_lacks(engine)
+    wanted = settings is not None and settings.modality == MULTIMODAL
+    if lacks:
+        return (problem if wanted else note)(
+            "images",
+            f"missing: {', '.join(lacks)}; for models that take images",
+            "pip install 'trtllm-launch[vision]'",
+        )
+    versions = ", ".join(f"{name} {_version(name)}" for name in vision_packages(engine))
+    if settings is None or not wanted:
+        return ok("images", f"{versions}; the model takes text only")
+    folder = settings.allowed_local_media_path
+    files = f"local files under {folder}" if folder else "no local files"
+    hosts = ", ".join(settings.media_url_host) or "any public address"
+    return ok("images", f"{versions}; {files}, URLs of {hosts}")
 
 
 def _has_module(name: str) -> bool:

@@ -19,6 +19,7 @@ SECTIONS = {
     ),
     "software": ("python", "packages", "tokenizer", "uvloop", "torch", "packages of TensorRT-LLM"),
     "settings": ("settings",),
+    "images": ("images",),
     "gpu": ("gpu", "gpus", "driver"),
     "ports": ("port", "free ports"),
     "runs": ("runs", "left-overs"),

@@ -45,6 +45,7 @@ def take_inventory(environ: Mapping[str, str], engine: str = "") -> Inventory:
             if not any(_has_module(module) for module in modules)
         },
         queue_lacks=_queue_lacks(),
+        vision_lacks=vision_lacks(engine),
         mpirun=mpirun,
         mpi_flavour=flavour,
         in_slurm_job=engine == "trtllm" and bool(environ.get("SLURM_JOB_ID")),
@@ -56,6 +57,22 @@ def _queue_lacks() -> tuple[str, ...]:
     """Return what is missing of the prefill queue's client and server."""
     client = () if _has_module("nats") else ("nats-py",)
     return client if nats_program() else (*client, "nats-server")
+
+
+def vision_packages(engine: str) -> dict[str, str]:
+    """Return the packages that images need, and what is imported of each.
+
+    The other engines have no use for the vision towers of transformers.
+    """
+    packages = {"pillow": "PIL", "blake3": "blake3"}
+    return packages | ({"transformers": "transformers"} if engine == "torch" else {})
+
+
+def vision_lacks(engine: str) -> tuple[str, ...]:
+    """Return the missing packages that images need."""
+    return tuple(
+        name for name, module in vision_packages(engine).items() if not _has_module(module)
+    )
 
 
 def _has_module(name: str) -> bool:

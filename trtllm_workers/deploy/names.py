@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from trtllm_workers.types import Role
+
+if TYPE_CHECKING:
+    from trtllm_workers.config.settings import Settings
 
 # How a process finds the others and proves that it belongs to them.
 _MEETING = (
@@ -44,6 +49,18 @@ _QUEUE = (
 NATS = "nats"
 # The role of the etcd server that a job on several hosts starts for itself, and its name.
 ETCD = "etcd"
+# What a worker may load for images, and how much of it.
+_IMAGES = (
+    "modality",
+    "allowed_local_media_path",
+    "media_url_host",
+    "allow_pickle_embeddings",
+    "max_file_size_mb",
+    "max_image_pixels",
+    "max_images",
+    "media_timeout_s",
+    "media_cache_mb",
+)
 # What serves the others rather than requests for tokens.
 SERVICES = frozenset({"ingress", NATS, ETCD})
 # Of the NATS server that a run starts for itself.
@@ -55,6 +72,7 @@ INGRESS_OPTIONS = (
     "http_port",
     "strategy",
     *_ROUTER,
+    "encode_timeout_s",
     "drain_timeout_s",
     "plane_host",
     *_MEETING,
@@ -72,6 +90,8 @@ _EVERY_WORKER = (
     "overrides",
     "lint",
     "sim_cost_model",
+    *_IMAGES,
+    "kv_transport",  # KV blocks where prefill and decode are apart, embeddings of images everywhere
     "stall_timeout_s",
     "drain_timeout_s",
     "plane_host",
@@ -80,7 +100,6 @@ _EVERY_WORKER = (
     "log_format",
 )
 _PAIRED_WORKER = (
-    "kv_transport",
     "max_local_prefill_length",
     "prefill_timeout_s",
     "handoff_min_timeout_s",
@@ -96,11 +115,16 @@ ENGINE_CONFIG_OF = {
     Role.AGGREGATED: "engine_config",
     Role.PREFILL: "prefill_engine_config",
     Role.DECODE: "decode_engine_config",
+    Role.ENCODE: "encode_engine_config",
 }
+
+
+def roles_of(settings: Settings) -> tuple[Role, ...]:
+    """Return the roles of the workers that a run starts."""
+    roles = (Role.PREFILL, Role.DECODE) if settings.disaggregated else (Role.AGGREGATED,)
+    return (*roles, Role.ENCODE) if settings.num_encode_workers else roles
 
 
 def worker_options(role: Role) -> tuple[str, ...]:
     """Return the options that mean something to a worker of that role."""
-    if role is Role.AGGREGATED:
-        return _EVERY_WORKER
-    return WORKER_OPTIONS
+    return WORKER_OPTIONS if role in (Role.PREFILL, Role.DECODE) else _EVERY_WORKER

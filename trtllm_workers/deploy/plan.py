@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trtllm_workers.config.env import environment
+from trtllm_workers.config.images import MULTIMODAL
 from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.deploy.commands import ingress_argv, nats_argv, worker_argv
 from trtllm_workers.deploy.mpi import THIS_HOST, MpiHost
-from trtllm_workers.deploy.names import NATS, SERVICES
+from trtllm_workers.deploy.names import NATS, SERVICES, roles_of
 from trtllm_workers.deploy.run import RunFolder
 from trtllm_workers.deploy.shares import GPU_FRACTION, THREADS, Crew, Share, share_out
 from trtllm_workers.deploy.worlds import Start, Worlds
@@ -33,7 +34,7 @@ class Inventory:
     OMP_NUM_THREADS when the environment sets it. ``mpiexec`` is the program of this environment that
     starts MPI worlds; ``mpi_lacks`` names what is missing for them. ``transports_lack`` names, by KV
     transport, the missing package that it needs; ``queue_lacks`` what the prefill queue needs: the
-    client's package, and the program of a server.
+    client's package, and the program of a server; ``vision_lacks`` the missing packages for images.
 
     For engine trtllm: ``mpirun`` is its MPI library's program and ``mpi_flavour`` says whose
     ("openmpi", "mpich", "": unknown); ``in_slurm_job`` whether this is inside a SLURM allocation;
@@ -49,6 +50,7 @@ class Inventory:
     mpi_lacks: tuple[str, ...] = ("mpiexec",)
     transports_lack: Mapping[str, str] = field(default_factory=dict)
     queue_lacks: tuple[str, ...] = ()
+    vision_lacks: tuple[str, ...] = ()
     mpirun: str = ""
     mpi_flavour: str = ""
     in_slurm_job: bool = False
@@ -117,10 +119,11 @@ class Plan:
     def workers_in_words(self) -> str:
         """How many workers there are: ``2 workers``, ``1 prefill worker and 2 decode workers``."""
         roles = Counter(one.role for one in self.processes if one.role not in SERVICES)
-        return " and ".join(
+        parts = [
             f"{count}{'' if role == Role.AGGREGATED else f' {role}'} worker{'s' if count > 1 else ''}"
             for role, count in roles.items()
-        )
+        ]
+        return " and ".join([*([", ".join(parts[:-1])] if parts[1:] else []), *parts[-1:]])
 
 
 def make_plan(
@@ -136,6 +139,8 @@ def make_plan(
     """
     if settings.disaggregated and settings.engine != "trtllm":  # which moves its KV itself
         _require_transport(settings, inventory)
+    if settings.modality == MULTIMODAL:
+        _require_vision(inventory)
     queued = settings.disaggregated and settings.prefill_dispatch == "queue"
     own_nats = queued and settings.nats_server is None
     if queued:
@@ -239,9 +244,10 @@ def _mpi_host(settings: Settings, inventory: Inventory) -> MpiHost:
 
 
 def _crews(settings: Settings, configs: Mapping[Role, EngineConfig]) -> list[Crew]:
-    if not settings.disaggregated:
-        return [_crew(Role.AGGREGATED, settings.num_workers, configs)]
-    return [
+    crews = (
+        [] if settings.disaggregated else [_crew(Role.AGGREGATED, settings.num_workers, configs)]
+    )
+    return crews + [
         _crew(
             role,
             getattr(settings, f"num_{role}_workers"),
@@ -249,7 +255,8 @@ def _crews(settings: Settings, configs: Mapping[Role, EngineConfig]) -> list[Cre
             getattr(settings, f"{role}_cuda_visible_devices"),
             settings.sources[f"{role}_cuda_visible_devices"],
         )
-        for role in (Role.PREFILL, Role.DECODE)
+        for role in roles_of(settings)
+        if role is not Role.AGGREGATED
     ]
 
 
@@ -269,7 +276,10 @@ def _crew(
         num_ranks=int(ranks.value) if ranks else 1,
         told=tuple(told.split(",")) if told else None,
         source=source,
-        gpu_fraction=fraction.value if fraction and fraction.source == "default" else None,
+        # A worker that only encodes keeps no KV.
+        gpu_fraction=fraction.value
+        if fraction and fraction.source == "default" and role is not Role.ENCODE
+        else None,
     )
 
 
@@ -295,6 +305,17 @@ def _require_transport(settings: Settings, inventory: Inventory) -> None:
             f"installed; run: pip install 'trtllm-launch[{name}]', "
             "or take what is there with --kv-transport auto",
             param="kv_transport",
+        )
+
+
+def _require_vision(inventory: Inventory) -> None:
+    lacks = inventory.vision_lacks
+    if lacks:
+        raise ConfigError(
+            f"the model takes images, and that needs the Python package{'s' if lacks[1:] else ''} "
+            f"{' and '.join(lacks)}, which this environment has not; run: "
+            "pip install 'trtllm-launch[vision]', or serve text alone with --modality text",
+            param="modality",
         )
 
 

@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trtllm_workers.config.disaggregation import require_same_blocks
+from trtllm_workers.config.disaggregation import require_same_blocks, require_same_rows
 from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.options import LAUNCH_OPTIONS
 from trtllm_workers.config.settings import Settings, resolve
 from trtllm_workers.demo import DEMO_MODEL_NAME, demo_model_path
 from trtllm_workers.deploy.engine_configs import load_engine_configs
-from trtllm_workers.deploy.names import ENGINE_CONFIG_OF, worker_options
+from trtllm_workers.deploy.names import ENGINE_CONFIG_OF, roles_of, worker_options
 from trtllm_workers.deploy.trtllm_facts import find_facts, quick_facts
 from trtllm_workers.deploy.trtllm_host import choose_engine, require_trtllm
 from trtllm_workers.types import Role
@@ -38,12 +38,13 @@ def prepare(
     Only ``to_start`` must this host have what the engine needs; a plan may be made anywhere.
     """
     settings = prepare_settings(explicit, environ)
-    roles = (Role.PREFILL, Role.DECODE) if settings.disaggregated else (Role.AGGREGATED,)
-    files = {role: getattr(settings, ENGINE_CONFIG_OF[role]) for role in roles}
+    files = {role: getattr(settings, ENGINE_CONFIG_OF[role]) for role in roles_of(settings)}
     loaded = load_engine_configs(settings, files, environ)
     configs = loaded.configs
     if settings.disaggregated and settings.engine != "trtllm":  # whose linter compares more
         require_same_blocks(configs[Role.PREFILL], configs[Role.DECODE])
+    if settings.engine != "trtllm":
+        require_same_rows(configs)
     if to_start and settings.engine == "trtllm":
         require_trtllm(settings, configs, find_facts(environ))
     return Prepared(settings, configs, loaded.notes)

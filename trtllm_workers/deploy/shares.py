@@ -170,7 +170,7 @@ def _with_memory(
     roles = {gpu: [str(role) for role in dealt if gpu in sum(dealt[role], ())] for gpu in users}
     for gpu, names in roles.items():
         if len(names) > 1:
-            notes.append(f"{' and '.join(names)} share GPU {gpu}")
+            notes.append(f"{', '.join(names[:-1])} and {names[-1]} share GPU {gpu}")
     shares: dict[Role, list[Share]] = {}
     for crew in crews:
         shares[crew.role] = []

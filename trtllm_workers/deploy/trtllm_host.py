@@ -10,6 +10,7 @@ from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.config.settings import Settings
 from trtllm_workers.deploy.findings import Finding, note, ok, problem
 from trtllm_workers.deploy.mpi import World, world_of
+from trtllm_workers.deploy.names import roles_of
 from trtllm_workers.engines.trtllm.api import INSTALL
 from trtllm_workers.errors import ConfigError
 from trtllm_workers.lint.role_keys import BACKEND
@@ -131,11 +132,11 @@ def judge(settings: Settings, configs: Mapping[Role, EngineConfig], facts: Facts
 
 
 def _needs(settings: Settings, configs: Mapping[Role, EngineConfig]) -> list[_Need]:
-    if not settings.disaggregated:
-        world = world_of(configs.get(Role.AGGREGATED))
-        return [_Need(Role.AGGREGATED, settings.num_workers, world, None)]
     needs = []
-    for role in (Role.PREFILL, Role.DECODE):
+    for role in roles_of(settings):
+        if role is Role.AGGREGATED:
+            needs.append(_Need(role, settings.num_workers, world_of(configs.get(role)), None))
+            continue
         told = getattr(settings, f"{role}_cuda_visible_devices")
         needs.append(
             _Need(

@@ -57,6 +57,7 @@ class IngressSettings:
     * ``router``: how workers are chosen.
     * ``tells_launcher_to_stop``: called when the deployment is closed from elsewhere; True: the launcher
       that started this process was told, and will end it in its turn.
+    * ``encode_timeout_s``: how long a request waits for its images to be encoded.
     * ``migration_limit``: how often one stream may move to another worker when its own dies.
     * ``encode_timeout_s``: a request whose images are not encoded by then fails.
     """
@@ -84,6 +85,7 @@ class IngressSettings:
     strategy: Strategy = Strategy.DECODE_FIRST
     router: RouterSettings = field(default_factory=RouterSettings)
     migration_limit: int = 3
+    encode_timeout_s: float = 60.0
     namespace: str = "default"
     etcd: EtcdLogin = field(default_factory=EtcdLogin)
     plane_tls: TlsFiles = field(default_factory=TlsFiles)

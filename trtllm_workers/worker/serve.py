@@ -72,7 +72,8 @@ class WorkerSettings:
     * ``prefill_queue``: roles prefill and decode hand prompts over through it; None: directly.
     * ``tells_launcher_to_stop``: see ``stopping.py``.
     * ``media``: what this worker may load for images. ``encodes``: it makes embeddings of them itself, and
-      loads the model's vision tower for that; else encode workers do.
+      loads the model's vision tower for that; else encode workers do. Without ``takes_images`` it is a
+      worker for text alone, whatever its model can.
     * ``on_loaded``: called once when engine and transports are there, before others learn of this worker.
     * ``extra``: engine options that are not TensorRT-LLM keys, see ``EngineOptions``.
     """
@@ -101,6 +102,7 @@ class WorkerSettings:
     tells_launcher_to_stop: Callable[[], bool] | None = None
     media: MediaSettings = field(default_factory=MediaSettings)
     encodes: bool = True
+    takes_images: bool = True
     on_loaded: Callable[[], None] = lambda: None
     namespace: str = "default"
     etcd: EtcdLogin = field(default_factory=EtcdLogin)
@@ -126,7 +128,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
             on_progress=lambda done: status.report("model", done=done),
             extra=settings.extra,
             media=settings.media,
-            encodes=settings.encodes or settings.role is Role.ENCODE,
+            encodes=settings.role is Role.ENCODE or (settings.encodes and settings.takes_images),
             generates=settings.role is not Role.ENCODE,
         ),
     )
@@ -171,6 +173,8 @@ async def serve_worker(settings: WorkerSettings) -> None:
             return
         check_role(settings.role, engine, info, settings.served_model_name)
         info = told_info(engine, info)
+        if not settings.takes_images:
+            info = msgspec.structs.replace(info, vision=None)
         if engine.kv_pool is not None:
             await asyncio.to_thread(prefault, engine.kv_pool)
         log.info("engine started", seconds=round(time.monotonic() - began_s, 2), **_summary(info))

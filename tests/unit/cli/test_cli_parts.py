@@ -17,6 +17,7 @@ from trtllm_workers.cli import part, world
 from trtllm_workers.cli.main import group
 from trtllm_workers.config.keys import EngineConfig, Setting
 from trtllm_workers.config.settings import Settings
+from trtllm_workers.errors import ConfigError
 from trtllm_workers.ingress import serve as ingress_serve
 from trtllm_workers.ingress.settings import IngressSettings
 from trtllm_workers.observe.status import read_status
@@ -46,7 +47,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def invoke(tmp_path: Path, served: list[Any]) -> Invoke:
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text('{"vision_config": {}}')
     discovery = (tmp_path / "discovery").as_uri()
 
     def call(*words: str, **env: str) -> None:
@@ -80,7 +81,13 @@ def test_decode_worker_serves_with_what_it_is_told(invoke: Invoke, served: list[
 
 
 @pytest.mark.parametrize(
-    ("role", "file"), [("aggregated", "agg"), ("prefill", "prefill"), ("decode", "decode")]
+    ("role", "file"),
+    [
+        ("aggregated", "agg"),
+        ("prefill", "prefill"),
+        ("decode", "decode"),
+        ("encode", "encode"),
+    ],
 )
 def test_worker_takes_the_engine_config_of_its_role(
     invoke: Invoke, served: list[Any], role: str, file: str
@@ -107,6 +114,76 @@ def test_engine_config_flag_beats_the_variable_of_the_role(
     words = ("worker", "--role", "prefill", "--engine-config", str(mine))
     invoke(*words, PREFILL_ENGINE_ARGS="gone.yaml")
     assert worker_of(served).engine_config["max_batch_size"] == 7
+
+
+def test_worker_is_told_what_it_may_load_for_images(
+    invoke: Invoke, served: list[Any], tmp_path: Path
+) -> None:
+    invoke(
+        *("worker", "--media-url-host", "a.example", "--max-images", "3"),
+        ALLOWED_LOCAL_MEDIA_PATH=str(tmp_path),
+        MAX_FILE_SIZE_MB="2",
+    )
+    settings = worker_of(served)
+    assert settings.media.allowed_local_path == tmp_path
+    assert (settings.media.url_hosts, settings.media.max_items) == (("a.example",), 3)
+    assert settings.media.max_file_bytes == 2 << 20
+    assert settings.takes_images
+
+
+@pytest.mark.parametrize(
+    ("role", "words", "encodes"),
+    [
+        ("aggregated", (), True),
+        ("prefill", (), True),
+        ("decode", (), False),
+        ("encode", (), True),
+        ("prefill", ("--encodes", "off"), False),
+        ("decode", ("--encodes", "on"), True),
+    ],
+)
+def test_who_loads_the_vision_tower(
+    invoke: Invoke, served: list[Any], role: str, words: tuple[str, ...], encodes: bool
+) -> None:
+    invoke("worker", "--role", role, *words)
+    assert worker_of(served).encodes is encodes
+    assert worker_of(served).role is Role(role)
+
+
+def test_modality_text_serves_a_vision_model_without_images(
+    invoke: Invoke, served: list[Any]
+) -> None:
+    invoke("worker", MODALITY="text")
+    assert not worker_of(served).takes_images
+
+
+def test_an_encode_worker_that_could_not_encode_is_refused(invoke: Invoke) -> None:
+    with pytest.raises(ConfigError, match="--role encode needs a model with a vision tower"):
+        invoke("worker", "--role", "encode", MODALITY="text")
+    with pytest.raises(ConfigError, match="--encodes: off, but --role is encode"):
+        invoke("worker", "--role", "encode", "--encodes", "off")
+
+
+@pytest.mark.parametrize(
+    ("role", "words", "transport"),
+    [
+        ("aggregated", (), "auto"),
+        ("encode", (), "auto"),
+        ("prefill", (), "ucx"),
+        ("decode", (), "ucx"),
+        ("encode", ("--kv-transport", "ucx"), "ucx"),
+    ],
+)
+def test_where_no_kv_moves_embeddings_take_the_best_transport_there_is(
+    invoke: Invoke, served: list[Any], role: str, words: tuple[str, ...], transport: str
+) -> None:
+    invoke("worker", "--role", role, *words)
+    assert worker_of(served).kv_transport == transport
+
+
+def test_ingress_waits_as_long_as_it_is_told_for_images(invoke: Invoke, served: list[Any]) -> None:
+    invoke("ingress", ENCODE_TIMEOUT_S="7")
+    assert served[0].encode_timeout_s == 7.0
 
 
 @pytest.mark.parametrize("strategy", Strategy)

@@ -69,6 +69,17 @@ def test_plan_of_a_disaggregated_job_on_cpus(tmp_path: Path, golden: Golden) -> 
     golden("slurm_plan_torch.txt", settled(done.stdout, tmp_path))
 
 
+def test_encode_workers_are_refused_by_name(tmp_path: Path) -> None:
+    model = tmp_path / "vl"
+    model.mkdir()
+    (model / "config.json").write_text('{"vision_config": {}}')
+    done = plan(tmp_path, "--engine", "torch", "--num-encode-workers", "1", MODEL_PATH=str(model))
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "trtllm-launch: --num-encode-workers: a job on SLURM starts no encode workers; without them"
+    )
+
+
 def test_plan_of_wide_expert_parallelism_in_containers(tmp_path: Path, golden: Golden) -> None:
     configs = ROOT / "engine_configs/deepseek_r1/wide_ep"
     model = tmp_path / "models" / "DeepSeek R1"

@@ -221,6 +221,7 @@ def test_show_settings_lists_every_option(model: Path, golden: Callable[[str, st
             "engine_config": "tiny-llama/config.json",
             "prefill_engine_config": "prefill.yaml",
             "decode_engine_config": "decode.yaml",
+            "encode_engine_config": "encode.yaml",
         },
         CLUSTER_SECRET=SECRET,
         LOG_FORMAT="json",

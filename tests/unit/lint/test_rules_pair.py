@@ -14,6 +14,7 @@ from tests.unit.lint.documents import (
     assert_silent,
     decode,
     document,
+    encode,
     findings,
     prefill,
     without,
@@ -28,6 +29,27 @@ WINDOW = "kv_cache_config.max_attention_window"
 BUFFER = "cache_transceiver_config.max_tokens_in_buffer"
 
 FIRES = [
+    Case(
+        "encode-dtype",
+        Severity.ERROR,
+        "dtype",
+        "auto here and float16 in encode.yaml",
+        [encode(dtype="float16"), aggregated()],
+    ),
+    Case(
+        "encode-dtype",
+        Severity.ERROR,
+        "dtype",
+        "bfloat16 here and auto in encode.yaml",
+        [encode(), prefill(dtype="bfloat16")],
+    ),
+    Case(
+        "encode-model",
+        Severity.ERROR,
+        "revision",
+        "unset here and v2 in encode.yaml",
+        [encode(revision="v2"), aggregated()],
+    ),
     Case(
         "pair-kv-dtype",
         Severity.ERROR,
@@ -127,6 +149,9 @@ FIRES = [
 
 EQUAL = [prefill(), decode()]
 SILENT = [
+    Silent("encode-dtype", "equal", [encode(dtype="float16"), aggregated(dtype="float16")]),
+    Silent("encode-dtype", "alone", [encode(dtype="float16")]),
+    Silent("encode-model", "equal", [encode(revision="v2"), aggregated(revision="v2")]),
     Silent("pair-kv-dtype", "equal", EQUAL),
     Silent("pair-kv-dtype", "no pair", [prefill(kv__dtype="fp8"), aggregated()]),
     Silent(

@@ -56,6 +56,7 @@ def prepare_job(given: Mapping[str, Any], environ: Mapping[str, str]) -> Prepare
         if name in _LAUNCH_NAMES and value is not None and value != ()
     }
     prepared = prepare(explicit | _engine(explicit, environ, slurm), environ)
+    _require_no_encoders(prepared.settings)
     layout = lay_out(prepared.settings, slurm, prepared.engine_configs)
     warnings = _only_of_jobs(prepared.settings.warnings)
     return PreparedJob(
@@ -82,6 +83,15 @@ def _engine(
     if slurm.image or gpus or any(environ.get(name) for name in _ENGINE_SAID_BY):
         return {"engine": "trtllm"}
     return {}
+
+
+def _require_no_encoders(settings: Settings) -> None:
+    if settings.num_encode_workers:
+        raise ConfigError(
+            f"{settings.sources['num_encode_workers']}: a job on SLURM starts no encode workers; without them "
+            "prefill workers encode images themselves, or aggregated ones",
+            param="num_encode_workers",
+        )
 
 
 def _only_of_jobs(warnings: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""All rules over engine configs: each config alone, prefill with decode, then the deployment."""
+"""All rules over engine configs: each config alone, prefill with decode, encode with both, then the deployment."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ DEPLOYMENT_RULES: tuple[DeploymentRule, ...] = (model_config, variables.check_va
 RULE_NAMES: tuple[str, ...] = (
     *(rule_name(rule) for rule in DOCUMENT_RULES),
     *(rule_name(rule) for rule in PAIR_RULES),
+    *(rule_name(rule) for rule in pair.ENCODE_RULES),
     *(rule_name(rule) for rule in variables.VARIABLE_RULES),
     rule_name(model_config),
 )
@@ -71,7 +72,8 @@ RULE_NAMES: tuple[str, ...] = (
 def check(documents: Sequence[Document], context: LintContext) -> list[Problem]:
     """Return what all rules find, in the order of the rules.
 
-    Every prefill document is compared with every decode document: give only those of one deployment.
+    Every prefill document is compared with every decode document, and every encode document with all
+    others: give only those of one deployment.
     """
     facts = Facts(context, _model(context))
     found = [
@@ -81,6 +83,11 @@ def check(documents: Sequence[Document], context: LintContext) -> list[Problem]:
     for prefill in (doc for doc in documents if doc.role is Role.PREFILL):
         for decode in decodes:
             found += [problem for rule in PAIR_RULES for problem in rule(prefill, decode, facts)]
+    for encode in (doc for doc in documents if doc.role is Role.ENCODE):
+        for other in (doc for doc in documents if doc.role is not Role.ENCODE):
+            found += [
+                problem for rule in pair.ENCODE_RULES for problem in rule(encode, other, facts)
+            ]
     found += [problem for rule in DEPLOYMENT_RULES for problem in rule(documents, facts)]
     return found
 

@@ -1,4 +1,6 @@
-"""What a prefill and a decode worker must have in common for KV to fit on both sides."""
+"""What a prefill and a decode worker must have in common for KV to fit on both sides, and an encode worker
+with those that take its embeddings.
+"""
 
 from __future__ import annotations
 
@@ -150,6 +152,29 @@ def pair_block_reuse(prefill: Document, decode: Document, facts: Facts) -> Itera
     )
 
 
+def encode_dtype(encode: Document, other: Document, facts: Facts) -> Iterator[Problem]:
+    """Embeddings are made in the dtype in which they are read."""
+    yield from _differs(
+        "encode-dtype",
+        "dtype",
+        encode,
+        other,
+        "embeddings go from one to the other as they are, so their bytes would be read as other numbers",
+    )
+
+
+def encode_model(encode: Document, other: Document, facts: Facts) -> Iterator[Problem]:
+    """The vision tower is that of the model."""
+    for key in ("revision", "checkpoint_format"):
+        yield from _differs(
+            "encode-model",
+            key,
+            encode,
+            other,
+            "the embeddings would be those of another model's vision tower",
+        )
+
+
 def _differs(
     rule: str,
     key: str,
@@ -181,6 +206,9 @@ def _told(value: Any) -> str:
         return "unset"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
+
+ENCODE_RULES: tuple[PairRule, ...] = (encode_dtype, encode_model)
+"""The encode document comes first, then that of a worker that takes its embeddings."""
 
 PAIR_RULES: tuple[PairRule, ...] = (
     pair_kv_dtype,

@@ -59,7 +59,6 @@ class IngressSettings:
       that started this process was told, and will end it in its turn.
     * ``encode_timeout_s``: how long a request waits for its images to be encoded.
     * ``migration_limit``: how often one stream may move to another worker when its own dies.
-    * ``encode_timeout_s``: a request whose images are not encoded by then fails.
     """
 
     discovery: str
@@ -85,7 +84,6 @@ class IngressSettings:
     strategy: Strategy = Strategy.DECODE_FIRST
     router: RouterSettings = field(default_factory=RouterSettings)
     migration_limit: int = 3
-    encode_timeout_s: float = 60.0
     namespace: str = "default"
     etcd: EtcdLogin = field(default_factory=EtcdLogin)
     plane_tls: TlsFiles = field(default_factory=TlsFiles)

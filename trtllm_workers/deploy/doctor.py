@@ -26,6 +26,7 @@ from trtllm_workers.deploy.doctor_host import left_overs, limit_findings
 from trtllm_workers.deploy.doctor_services import service_findings
 from trtllm_workers.deploy.findings import Finding, in_section, note, ok, problem
 from trtllm_workers.deploy.inventory import mpiexec_path, vision_lacks, vision_packages
+from trtllm_workers.deploy.plan import install_vision
 from trtllm_workers.deploy.ports import require_free_port
 from trtllm_workers.deploy.prepare import Prepared, prepare, prepare_settings
 from trtllm_workers.deploy.run import Run
@@ -280,7 +281,7 @@ def _images(settings: Settings | None) -> Finding:
         return (problem if wanted else note)(
             "images",
             f"missing: {', '.join(lacks)}; for models that take images",
-            "pip install 'trtllm-launch[vision]'",
+            install_vision(engine, lacks),
         )
     versions = ", ".join(f"{name} {_version(name)}" for name in vision_packages(engine))
     if settings is None or not wanted:

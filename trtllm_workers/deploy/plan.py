@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def make_plan(
     if settings.disaggregated and settings.engine != "trtllm":  # which moves its KV itself
         _require_transport(settings, inventory)
     if settings.modality == MULTIMODAL:
-        _require_vision(inventory)
+        _require_vision(settings, inventory)
     queued = settings.disaggregated and settings.prefill_dispatch == "queue"
     own_nats = queued and settings.nats_server is None
     if queued:
@@ -308,15 +308,22 @@ def _require_transport(settings: Settings, inventory: Inventory) -> None:
         )
 
 
-def _require_vision(inventory: Inventory) -> None:
+def _require_vision(settings: Settings, inventory: Inventory) -> None:
     lacks = inventory.vision_lacks
     if lacks:
         raise ConfigError(
             f"the model takes images, and that needs the Python package{'s' if lacks[1:] else ''} "
             f"{' and '.join(lacks)}, which this environment has not; run: "
-            "pip install 'trtllm-launch[vision]', or serve text alone with --modality text",
+            f"{install_vision(settings.engine, lacks)}, or serve text alone with --modality text",
             param="modality",
         )
+
+
+def install_vision(engine: str, lacks: Sequence[str]) -> str:
+    """Return the command that brings missing packages; beside TensorRT-LLM only those, so that torch stays."""
+    if engine == "trtllm":
+        return f"pip install {' '.join(lacks)}"
+    return "pip install 'trtllm-launch[vision]'"
 
 
 def _require_queue(settings: Settings, inventory: Inventory, *, own_nats: bool) -> None:

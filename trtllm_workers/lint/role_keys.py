@@ -36,6 +36,8 @@ def role_overrides(role: Role, settings: Settings) -> list[Override]:
 
 def role_defaults(role: Role, settings: Settings) -> Mapping[str, Setting]:
     """Return what stands for keys that neither the file nor a flag sets; the source names the role."""
+    if role is Role.ENCODE:
+        return {}  # no KV, no steps that make tokens
     source = f"role {role}"
     found: dict[str, object] = {
         "enable_iter_perf_stats": True,  # load and cache figures come from there

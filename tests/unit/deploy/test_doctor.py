@@ -138,3 +138,26 @@ def test_text_has_a_line_per_finding_fixes_below_and_a_verdict() -> None:
         "1 problem to solve first",
     ]
     assert as_text([ok("python", "3.11")]).endswith("everything that is needed is here")
+
+
+@pytest.mark.usefixtures("quick")
+def test_packages_for_images_are_missed_only_by_a_model_that_takes_them(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "vision_lacks", lambda _engine: ("pillow",))
+    assert findings_of(model)["images"].level == "note"
+    (model / "config.json").write_text('{"vision_config": {}}')
+    found = findings_of(model)["images"]
+    assert (found.level, found.fix) == ("problem", "pip install 'trtllm-launch[vision]'")
+    assert findings_of(model, modality="text")["images"].level == "note"
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_requests_may_name_is_shown(model: Path, tmp_path: Path) -> None:
+    (model / "config.json").write_text('{"vision_config": {}}')
+    found = findings_of(model)["images"]
+    assert found.level == "ok"
+    assert found.text.endswith("; no local files, URLs of any public address")
+    flags = {"allowed_local_media_path": str(tmp_path), "media_url_host": ("a.example", "b:80")}
+    opened = findings_of(model, (), **flags)["images"].text
+    assert opened.endswith(f"; local files under {tmp_path}, URLs of a.example, b:80")

@@ -152,6 +152,8 @@ def test_missing_packages_are_named_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"packages pillow and transformers, .*\[vision\]"):
         plan_of(host)
     plan_of(host, modality="text", num_encode_workers=0)
+    with pytest.raises(ConfigError, match="run: pip install pillow transformers, or"):
+        plan_of(host, engine="trtllm")
 
 
 def test_an_encode_worker_is_ready_once_it_is_registered() -> None:

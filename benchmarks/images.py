@@ -136,9 +136,13 @@ def embeddings(folder: Path, rounds: int, size_mib: int) -> None:
     middle = {name: statistics.median(values) * 1e3 for name, values in
               (("text", texts), ("added", added), ("read", reads), ("copy", copies))}  # fmt: skip
     limit = middle["read"] + middle["copy"]
-    print(f"| {size_mib} MiB of embeddings, {num_tokens} tokens, {rounds} rounds | |\n| --- | --- |")
+    print(
+        f"| {size_mib} MiB of embeddings, {num_tokens} tokens, {rounds} rounds | |\n| --- | --- |"
+    )
     print(f"| prompt of as many text tokens: TTFT | {middle['text']:.1f} ms |")
-    print(f"| the file adds | {middle['added']:.1f} ms ({min(added) * 1e3:.1f}–{max(added) * 1e3:.1f}) |")
+    print(
+        f"| the file adds | {middle['added']:.1f} ms ({min(added) * 1e3:.1f}–{max(added) * 1e3:.1f}) |"
+    )
     print(f"| reading it, copying it | {middle['read']:.1f} ms, {middle['copy']:.1f} ms |")
     print(f"| added / (read + copy), aim ≤ 1.5 | {middle['added'] / limit:.2f} |", flush=True)
 
@@ -203,19 +207,29 @@ def streams(folder: Path, engine: str, rounds: int, options: list[str], name: st
         longer = [
             ask(f"[{number}]" + " a" * max(1, num_tokens - 20), 4, **more) for number in range(600)
         ]
-        beside = {"alone": None, "text": write_bodies(folder / "long.jsonl", longer), "images": images}
+        beside = {
+            "alone": None,
+            "text": write_bodies(folder / "long.jsonl", longer),
+            "images": images,
+        }
         for number in range(rounds + 1):
             for kind, bodies in beside.items():
                 gaps = _gaps(loadgen, one.port, text, bodies)
                 if number:
                     seen[kind].append(gaps)
     base = statistics.median(p99 for _, p99, _ in seen["alone"])
-    print(f"\n{name}: {STREAMS} text streams; an image is {num_tokens} tokens; {rounds} rounds, medians")
-    print("| beside them | gap p50 | gap p99 | p99 over alone | requests/s |\n| --- | --- | --- | --- | --- |")
+    print(
+        f"\n{name}: {STREAMS} text streams; an image is {num_tokens} tokens; {rounds} rounds, medians"
+    )
+    print(
+        "| beside them | gap p50 | gap p99 | p99 over alone | requests/s |\n| --- | --- | --- | --- | --- |"
+    )
     for kind, found in seen.items():
         p50, p99, rate = (statistics.median(one[at] for one in found) for at in range(3))
         label = "nothing" if kind == "alone" else f"{IN_FLIGHT} {kind} requests"
-        print(f"| {label} | {p50:.2f} ms | {p99:.2f} ms | {p99 / base:.2f} | {rate:.0f} |", flush=True)
+        print(
+            f"| {label} | {p50:.2f} ms | {p99:.2f} ms | {p99 / base:.2f} | {rate:.0f} |", flush=True
+        )
 
 
 def _gaps(loadgen: Path, port: int, text: Path, beside: Path | None) -> tuple[float, float, float]:

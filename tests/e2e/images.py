@@ -34,7 +34,7 @@ def chat(model: str, *parts: str, max_tokens: int = 12, **more: Any) -> dict[str
     """Return a greedy chat body: words as text, whatever looks like a reference as an image."""
     content: list[dict[str, Any]] = []
     for part in parts:
-        if part.startswith(("data:", "http:", "https:", "file:", "/")):
+        if part.startswith(("data:", "http:", "https:", "file:", "ftp:", "gopher:", "/")):
             content.append({"type": "image_url", "image_url": {"url": part}})
         else:
             content.append({"type": "text", "text": part})

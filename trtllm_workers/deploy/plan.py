@@ -116,6 +116,11 @@ class Plan:
     engine_configs: Mapping[Role, EngineConfig] = field(default_factory=dict)
 
     @property
+    def takes_images(self) -> bool:
+        """Whether requests may have images."""
+        return self.settings is not None and self.settings.modality == MULTIMODAL
+
+    @property
     def workers_in_words(self) -> str:
         """How many workers there are: ``2 workers``, ``1 prefill worker and 2 decode workers``."""
         roles = Counter(one.role for one in self.processes if one.role not in SERVICES)

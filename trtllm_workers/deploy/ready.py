@@ -12,7 +12,10 @@ Knows how processes report (observe/status.py) and no process itself.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import struct
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,8 @@ from trtllm_workers.errors import StartError
 from trtllm_workers.observe.status import Status, read_status
 
 PROBE = "one-token probe"
+IMAGE_PROBE = "one-token probe with an image"
+_PROBE_SIDE = 64  # pixels
 
 # Status files are looked at rather than watched: inotify handles run out on shared machines and
 # see nothing on network file systems. A start lasts seconds; afterwards nobody looks.
@@ -162,29 +167,68 @@ async def probe(url: str, model: str, on_trouble: Callable[[str], None]) -> None
     "Not there yet" (connection refused, 404, 429, 503) is tried again, and ``on_trouble`` is told
     each time; any other answer raises StartError with what the ingress said. No deadline of its own.
     """
+    body = {"model": model, "prompt": "Hello", "max_tokens": 1}
+    refused = await _until_answered(f"{url}/v1/completions", body, PROBE, model, on_trouble)
+    if refused:
+        raise StartError(f"the {PROBE} of model '{model}' failed: {refused}")
+
+
+async def probe_image(url: str, model: str, on_trouble: Callable[[str], None]) -> str:
+    """Ask for one token about a small image, until there is an answer; see ``probe``.
+
+    So the whole chain of an image is up, encode workers included. Returns why the model takes no image
+    after all, "" when it does.
+    """
+    reference = {"type": "image_url", "image_url": {"url": _grey_square()}}
+    message = {"role": "user", "content": [reference, {"type": "text", "text": "Hello"}]}
+    body = {"model": model, "messages": [message], "max_tokens": 1}
+    return await _until_answered(f"{url}/v1/chat/completions", body, IMAGE_PROBE, model, on_trouble)
+
+
+async def _until_answered(
+    url: str, body: object, what: str, model: str, on_trouble: Callable[[str], None]
+) -> str:
+    """POST until the answer is good ("") or a refusal that will not change (its words)."""
     while True:
         try:
-            status, body = await asyncio.wait_for(_ask(url, model), _ATTEMPT_TIMEOUT_S)
+            status, answer = await asyncio.wait_for(_post(url, body), _ATTEMPT_TIMEOUT_S)
         except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError) as wrong:
             on_trouble(str(wrong) or f"no answer within {_ATTEMPT_TIMEOUT_S:.0f} s")
         else:
             if status == 200:
-                return
-            said = f"HTTP {status}: {_message_of(body)}"
+                return ""
+            said = f"HTTP {status}: {_message_of(answer)}"
             if status not in (404, 429, 503):
-                raise StartError(f"the {PROBE} of model '{model}' failed: {said}")
+                if status < 500:
+                    return said
+                raise StartError(f"the {what} of model '{model}' failed: {said}")
             on_trouble(said)
         await asyncio.sleep(_RETRY_S)
 
 
-async def _ask(url: str, model: str) -> tuple[int, bytes]:
-    """POST one completion and return (HTTP status, body). No HTTP library: they load slowly."""
+def _grey_square() -> str:
+    """Return a small PNG as a ``data:`` URL; PNG: https://www.w3.org/TR/png/."""
+    row = b"\0" + b"\x80" * 3 * _PROBE_SIDE
+    chunks = (
+        (b"IHDR", struct.pack(">2I5B", _PROBE_SIDE, _PROBE_SIDE, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(row * _PROBE_SIDE)),
+        (b"IEND", b""),
+    )
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+async def _post(url: str, content: object) -> tuple[int, bytes]:
+    """POST JSON and return (HTTP status, body). No HTTP library: they load slowly."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     try:
-        body = json.dumps({"model": model, "prompt": "Hello", "max_tokens": 1}).encode()
+        body = json.dumps(content).encode()
         head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+            f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             "Connection: close\r\n\r\n"
         )

@@ -22,7 +22,7 @@ from trtllm_workers.deploy import guard, history, proc, report, resolved
 from trtllm_workers.deploy.first_error import Death
 from trtllm_workers.deploy.output import Terminal
 from trtllm_workers.deploy.plan import Plan
-from trtllm_workers.deploy.ready import PROBE, Ladder, climb, probe
+from trtllm_workers.deploy.ready import PROBE, Ladder, climb, probe, probe_image
 from trtllm_workers.deploy.revive import Reviver
 from trtllm_workers.deploy.run import ProcessRecord, RunRecord, create_run
 from trtllm_workers.deploy.site import Site
@@ -187,6 +187,11 @@ class _Story:
         url = self._site.url(self._ladder.detail("ingress"))
         self._terminal.say(f"asking {self._plan.model} for one token")
         await probe(url, self._plan.model, self._on_probe_trouble)
+        if self._plan.takes_images:
+            self._terminal.say(f"asking {self._plan.model} about an image")
+            refused = await probe_image(url, self._plan.model, self._on_probe_trouble)
+            if refused:
+                self._terminal.say(f"warning: {self._plan.model} takes no images here: {refused}")
         await self._supervisor.worlds_watched(_WORLD_TIMEOUT_S)
         self._ready = True
         self._note(state="ready", url=url)

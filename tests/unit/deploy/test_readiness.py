@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
+import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from trtllm_workers.deploy.ready import Ladder, climb, probe, reachable
+from trtllm_workers.deploy.ready import Ladder, climb, probe, probe_image, reachable
 from trtllm_workers.errors import StartError
 from trtllm_workers.observe.status import Status, StatusFile, read_status
 
@@ -136,7 +141,10 @@ async def answering(*answers: bytes) -> AsyncIterator[tuple[str, list[bytes]]]:
     asked: list[bytes] = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked.append(await reader.readuntil(b"}"))
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"Content-Length: (\d+)", head)
+        assert length
+        asked.append(head + await reader.readexactly(int(length[1])))
         writer.write(left.pop(0) if len(left) > 1 else left[0])
         writer.close()
 
@@ -168,6 +176,26 @@ async def test_probe_gives_up_on_an_answer_that_will_not_change() -> None:
     async with answering(chunked) as (url, _):
         with pytest.raises(StartError, match="model 'm' failed: HTTP 400: bad prompt"):
             await asyncio.wait_for(probe(url, "m", lambda _: None), 10.0)
+
+
+async def test_the_probe_with_an_image_waits_for_encode_workers() -> None:
+    not_yet = http(503, b'{"error": {"message": "no encode worker is ready"}}')
+    heard: list[str] = []
+    async with answering(not_yet, http(200, b"{}")) as (url, asked):
+        assert not await asyncio.wait_for(probe_image(url, "seer", heard.append), 10.0)
+    assert heard == ["HTTP 503: no encode worker is ready"]
+    sent = json.loads(asked[-1].partition(b"\r\n\r\n")[2])
+    url_of_image = sent["messages"][0]["content"][0]["image_url"]["url"]
+    image = Image.open(io.BytesIO(base64.b64decode(url_of_image.partition(",")[2])))
+    image.load()
+    assert (image.size, image.mode) == ((64, 64), "RGB")
+
+
+async def test_a_model_that_takes_no_images_after_all_is_told() -> None:
+    refusal = http(400, b'{"error": {"message": "its template has no place for images"}}')
+    async with answering(refusal) as (url, _):
+        said = await asyncio.wait_for(probe_image(url, "m", lambda _: None), 10.0)
+    assert said == "HTTP 400: its template has no place for images"
 
 
 @pytest.mark.parametrize(

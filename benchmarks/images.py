@@ -51,6 +51,70 @@ SIM_COST = f"prefill:\n  per_token_us: 20\ndecode:\n  base_ms: {STEP_MS}\n"
 # --- embeddings ----------------------------------------------------------------------------------
 
 
+def make_wide_model(folder: Path, width: int, max_positions: int) -> Path:
+    """Write a Qwen2-VL whose rows are ``width`` values wide, and whose one layer computes little."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from trtllm_workers.demo.vision import write_vision_model
+
+    write_vision_model(folder, "qwen2_vl")
+    config = json.loads((folder / "config.json").read_text())
+    head_dim, inner = 64, 64
+    config |= {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": head_dim,
+        "max_position_embeddings": max_positions,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 8, 8]},
+    }
+    config["vision_config"]["hidden_size"] = width
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(1)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape) * (0.5 / shape[-1] ** 0.5)
+
+    small = load_file(folder / "model.safetensors")
+    vocab = small["lm_head.weight"].shape[0]
+    weights = {name: one for name, one in small.items() if name.startswith("visual.")}
+    last = "visual.merger.mlp.2"
+    weights[f"{last}.weight"] = noise(width, weights[f"{last}.weight"].shape[1])
+    weights[f"{last}.bias"] = torch.zeros(width)
+    layer = "model.layers.0"
+    for name in ("q", "k", "v"):
+        weights[f"{layer}.self_attn.{name}_proj.weight"] = noise(head_dim, width)
+        weights[f"{layer}.self_attn.{name}_proj.bias"] = torch.zeros(head_dim)
+    weights |= {
+        f"{layer}.self_attn.o_proj.weight": noise(width, head_dim),
+        f"{layer}.mlp.gate_proj.weight": noise(inner, width),
+        f"{layer}.mlp.up_proj.weight": noise(inner, width),
+        f"{layer}.mlp.down_proj.weight": noise(width, inner),
+        f"{layer}.input_layernorm.weight": torch.ones(width),
+        f"{layer}.post_attention_layernorm.weight": torch.ones(width),
+        "model.norm.weight": torch.ones(width),
+        "model.embed_tokens.weight": noise(vocab, width),
+        "lm_head.weight": noise(vocab, width),
+    }
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def write_embeddings(path: Path, num_tokens: int, width: int, seed: int) -> Path:
+    """Write random float32 embeddings of one image, as ``trtllm-launch embed`` lays them out."""
+    import torch
+    from safetensors.torch import save_file
+
+    rows = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(seed))
+    height = 1 << (num_tokens.bit_length() // 2)
+    grid = torch.tensor([[1, 2 * height, 2 * (num_tokens // height)]])  # before patches are merged
+    save_file({"mm_embeddings": rows, "image_grid_thw": grid}, path)
+    return path
+
+
 def first_token_s(port: int, body: dict[str, Any]) -> float:
     """Return the seconds from the request sent to the first content byte."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
@@ -104,11 +168,9 @@ def read_and_copy_s(path: Path, size: int) -> tuple[float, float]:
 
 def embeddings(folder: Path, rounds: int, size_mib: int) -> None:
     """Print what a file of embeddings adds to the time to the first token."""
-    from tests.fakes.tiny_vision import make_wide_vision_model, write_embeddings
-
     width, size = 8192, size_mib * MIB
     num_tokens = size // (width * 4)
-    model = make_wide_vision_model(folder / "wide", hidden_size=width)
+    model = make_wide_model(folder / "wide", width, 4 * num_tokens)
     files = [
         write_embeddings(folder / f"{number}.safetensors", num_tokens, width, seed=number)
         for number in range(rounds + 1)

@@ -22,9 +22,18 @@ from trtllm_workers.engines.trtllm.chunks import ChunkMaker
 from trtllm_workers.engines.trtllm.entries import Entry, Phase
 from trtllm_workers.engines.trtllm.failures import SUSPICIOUS_FAILURES, in_words, is_fatal
 from trtllm_workers.engines.trtllm.handoff_state import decode_state
+from trtllm_workers.engines.trtllm.images import check_kinds, salt_of
+from trtllm_workers.engines.trtllm.media_prompts import MediaPrompts, needs_media, require_seen
 from trtllm_workers.engines.trtllm.prefill_result import read_prefill
 from trtllm_workers.engines.trtllm.sampling import stop_ids, trtllm_sampling
-from trtllm_workers.errors import EngineDead, EngineError, LaunchError, RequestError, TransferFailed
+from trtllm_workers.errors import (
+    EngineDead,
+    EngineError,
+    LaunchError,
+    NotSupported,
+    RequestError,
+    TransferFailed,
+)
 from trtllm_workers.types import (
     EngineInfo,
     FinishReason,
@@ -57,6 +66,7 @@ class Streams:
     """All requests of one engine; see ``engines/base.py: Engine`` for what each call guarantees.
 
     ``on_broken`` is told, once, why the engine cannot go on. ``loras`` are requests' adapters by name.
+    ``prompts`` makes inputs of requests with images; None: there are none.
     ``transfer_timeout_s`` is after how long TensorRT-LLM gives up KV that nobody fetches, 0: never.
     """
 
@@ -70,6 +80,7 @@ class Streams:
         loras: dict[str, Any],
         chunked_prefill: bool,
         transfer_timeout_s: float,
+        prompts: MediaPrompts | None = None,
         on_broken: Callable[[EngineDead], None],
         on_doubt: Callable[[], None],
     ) -> None:
@@ -80,6 +91,7 @@ class Streams:
         self._loras = loras
         self._chunked_prefill = chunked_prefill
         self._transfer_timeout_s = transfer_timeout_s
+        self._prompts = prompts
         self._on_broken = on_broken
         self._on_doubt = on_doubt
         self._entries: dict[str, Entry] = {}
@@ -146,8 +158,8 @@ class Streams:
             return
         entry.deliver = deliver
         if first is None:
-            entry.phase = Phase.GENERATING
             self._generate(entry)
+            entry.phase = Phase.GENERATING
         else:
             self._fetch(entry, first, decode_state(self._api, opaque, first.token_ids))
 
@@ -179,6 +191,9 @@ class Streams:
         check_request(
             request, self.info, chunked_prefill=self._chunked_prefill, running=self._entries
         )
+        check_kinds(request, self.info.vision)
+        if request.media and self._prompts is not None:
+            self._prompts.check(request)
 
     def _require_alive(self, request_id: str) -> None:
         if self._death is not None:
@@ -194,6 +209,7 @@ class Streams:
         if self._entries.get(entry.request_id) is entry:
             del self._entries[entry.request_id]
             self._accounts.ended(entry.request_id, cached_tokens, num_output, aborted)
+            self._unpin(entry)
         if entry.timer is not None:
             entry.timer.cancel()
 
@@ -225,16 +241,49 @@ class Streams:
         request = entry.request
         if request.lora:
             more["lora_request"] = self._loras[request.lora]
-        if request.cache_salt:
-            more["cache_salt"] = request.cache_salt
+        if salt := salt_of(request):
+            more["cache_salt"] = salt
+        params = more.get("disaggregated_params")
+        kind = None if params is None else params.request_type
+        inputs: Any = request.prompt_token_ids
+        if self._prompts is not None and needs_media(request, kind):
+            inputs = self._prompts.hold(entry)
         try:
-            entry.result = self._llm.generate_async(request.prompt_token_ids, sampling, **more)
+            require_seen(request, inputs, kind)
+            entry.result = self._llm.generate_async(inputs, sampling, **more)
         except (ValueError, self._api.request_error) as error:
+            self._unpin(entry)
             raise RequestError(f"TensorRT-LLM refuses the request: {in_words(error)}") from error
+        except EngineError:
+            self._unpin(entry)
+            raise
+        except NotImplementedError as error:  # its input processor attaches no embeddings
+            self._unpin(entry)
+            raise NotSupported(
+                f"TensorRT-LLM cannot take this model's images like this: {in_words(error)}",
+                param="media",
+            ) from error
         except Exception as error:  # anything else means that it cannot go on
+            self._unpin(entry)
             dead = EngineDead(f"TensorRT-LLM takes no requests any more: {in_words(error)}")
             self._on_broken(dead)
             raise dead from error
+
+    def _unpin(self, entry: Entry) -> None:
+        if self._prompts is not None:
+            self._prompts.let_go(entry)
+
+    def _check_length(self, entry: Entry, result: Any) -> None:
+        """Raise EngineError when a prompt with images is not as long in TensorRT-LLM as was counted.
+
+        Decode goes on from as many tokens as were counted.
+        """
+        made = len(result.prompt_token_ids or ())
+        if entry.request.media and made != entry.num_prompt_tokens:
+            raise EngineError(
+                f"request {entry.request_id}: its prompt has {made} tokens in TensorRT-LLM and "
+                f"{entry.num_prompt_tokens} by our count, so decode cannot go on from it"
+            )
 
     def _maker(self, entry: Entry, first: TokenChunk | None = None) -> ChunkMaker:
         sampling = entry.request.sampling
@@ -317,6 +366,7 @@ class Streams:
 
     async def _read_prefill(self, entry: Entry) -> None:
         result = await entry.result
+        self._check_length(entry, result)
         made = read_prefill(
             result, entry.request, self.info, self._api.version, self._transfer_timeout_s
         )

@@ -1,0 +1,498 @@
+"""Images and embeddings on the adapter: TensorRT-LLM sees all of them, or the request is refused."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from tests.fakes.stand_in import tensorrt_llm_stand_in
+from tests.unit.trtllm_engine.seeing import (
+    HIDDEN,
+    PAD,
+    PLACEHOLDER,
+    asked,
+    keep_image,
+    keep_rows,
+    make_seeing_model,
+    move,
+    tokenizer_of,
+)
+from trtllm_workers.config.keys import EngineConfig, Setting
+from trtllm_workers.config.media import MediaSettings
+from trtllm_workers.engines.base import EngineOptions, generate
+from trtllm_workers.engines.registry import build_engine
+from trtllm_workers.engines.trtllm.engine import TrtllmEngine
+from trtllm_workers.engines.trtllm.media_prompts import MediaPrompts
+from trtllm_workers.engines.trtllm.tower import TowerEncoder
+from trtllm_workers.errors import (
+    ConfigError,
+    EngineError,
+    MediaRejected,
+    NotSupported,
+    RequestError,
+)
+from trtllm_workers.types import (
+    FinishReason,
+    GenerateRequest,
+    KvEventKind,
+    MediaItem,
+    MediaKind,
+    Prefilled,
+    Reservation,
+    TokenChunk,
+)
+
+KEYS: dict[str, Any] = {
+    "max_batch_size": 8,
+    "max_num_tokens": 64,
+    "max_seq_len": 256,
+    "enable_chunked_prefill": True,
+    "enable_iter_perf_stats": True,
+    "kv_cache_config.tokens_per_block": 8,
+    "kv_cache_config.max_tokens": 2048,
+    "kv_cache_config.event_buffer_max_size": 256,
+}
+NATIVE = {
+    "cache_transceiver_config.backend": "UCX",
+    "cache_transceiver_config.kv_transfer_timeout_ms": 5000,
+}
+BLUE = (0, 0, 255)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_seeing_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("FAKE_TRTLLM_NUM_GPUS", "1")
+    monkeypatch.setenv("FAKE_TRTLLM_TRANSPORT", "tcp")
+    with tensorrt_llm_stand_in():
+        yield
+
+
+def build(model: Path, role: str = "aggregated", **options: Any) -> TrtllmEngine:
+    keys = {**KEYS, **(NATIVE if role in ("prefill", "decode") else {})}
+    config = EngineConfig("trtllm", {key: Setting(value, "test") for key, value in keys.items()})
+    engine = build_engine("trtllm", EngineOptions(model, config, extra={"role": role}, **options))
+    assert isinstance(engine, TrtllmEngine)
+    return engine
+
+
+@asynccontextmanager
+async def started(model: Path, role: str = "aggregated", **options: Any) -> AsyncIterator[Any]:
+    engine = build(model, role, **options)
+    try:
+        await engine.start()
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def tokens_of(engine: TrtllmEngine, request: GenerateRequest) -> list[int]:
+    async with asyncio.timeout(30):
+        chunks = [chunk async for chunk in generate(engine, request)]
+    assert chunks[-1].finish_reason is FinishReason.LENGTH, chunks[-1]
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+def seen_by(engine: TrtllmEngine) -> dict[str, Any]:
+    found: dict[str, Any] = engine._llm.fake.seen[-1]
+    return found
+
+
+def rows_of(seed: int, count: int = 5) -> torch.Tensor:
+    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+# --- what TensorRT-LLM is given ----------------------------------------------------------------
+
+
+async def test_embeddings_go_with_the_prompt_s_text_and_nothing_else_does(model: Path) -> None:
+    async with started(model) as engine:
+        first, second = rows_of(1), rows_of(2, 3)
+        items = keep_rows(engine, b"a", first), keep_rows(engine, b"b", second)
+        request = asked(model, "1", *items)
+        tokens = await tokens_of(engine, request)
+        inputs = seen_by(engine)["inputs"]
+        assert set(inputs) == {"prompt", "multi_modal_embeddings"}
+        # Its tokenizer puts <s> before the text once more.
+        assert inputs["prompt"] == request.prompt_text.removeprefix("<s>")
+        assert "[system] be brief; [user] look: <image> and <image>" in inputs["prompt"]
+        given = inputs["multi_modal_embeddings"]
+        assert set(given) == {"image"}
+        assert [
+            torch.equal(a, b) for a, b in zip(given["image"], (first, second), strict=True)
+        ] == [
+            True,
+            True,
+        ]
+        # What it makes of the text is as long as was counted.
+        assert len(seen_by(engine)["prompt"]) == len(request.prompt_token_ids)
+        swapped = asked(model, "2", items[1], items[0])
+        assert await tokens_of(engine, swapped) != tokens
+        assert await tokens_of(engine, msgspec.structs.replace(request, request_id="3")) == tokens
+
+
+async def test_images_go_as_pictures_with_the_prompt_s_text(model: Path) -> None:
+    async with started(model) as engine:
+        red, blue = keep_image(engine, b"r"), keep_image(engine, b"b", BLUE)
+        assert (red.kind, red.num_bytes) == (MediaKind.IMAGE, 30 * 50 * 3)
+        tokens = await tokens_of(engine, asked(model, "1", red))
+        inputs = seen_by(engine)["inputs"]
+        assert set(inputs) == {"prompt", "multi_modal_data"}
+        (picture,) = inputs["multi_modal_data"]["image"]
+        assert (picture.mode, picture.size, picture.getpixel((49, 29))) == (
+            "RGB",
+            (50, 30),
+            (255, 0, 0),
+        )
+        assert len(seen_by(engine)["prompt"]) == len(asked(model, "x", red).prompt_token_ids)
+        assert await tokens_of(engine, asked(model, "2", blue)) != tokens
+
+
+async def test_the_loader_would_have_made_the_same_of_one_message(model: Path) -> None:
+    from tensorrt_llm.inputs import default_multimodal_input_loader
+
+    tokenizer, rows = tokenizer_of(model), [rows_of(1), rows_of(2, 3)]
+    (expected,) = default_multimodal_input_loader(
+        tokenizer=tokenizer,
+        model_dir=str(model),
+        model_type="llava_next",
+        modality="multiple_image",
+        prompts=["what is it?"],
+        mm_embeddings=[rows],
+    )
+    async with started(model) as engine:
+        items = [keep_rows(engine, bytes([65 + at]), one) for at, one in enumerate(rows)]
+        request = asked(model, "1", *items)
+        content = [*({"type": "image"} for _ in rows), {"type": "text", "text": "what is it?"}]
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        request = msgspec.structs.replace(request, prompt_text=rendered)
+        kept = [engine.media_store.pin(item.digest) for item in items]
+        prompts: MediaPrompts = engine._streams._prompts
+        made = prompts.inputs(request, kept)
+        # The one difference: a beginning that the tokenizer will put there by itself.
+        assert made["prompt"] == expected["prompt"].removeprefix("<s>")
+        assert set(made) == set(expected)
+        for ours, theirs in zip(
+            made["multi_modal_embeddings"]["image"],
+            expected["multi_modal_embeddings"]["image"],
+            strict=True,
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda request, shown: request.prompt_token_ids,
+        lambda request, shown: {"prompt_token_ids": request.prompt_token_ids, **shown},
+        lambda request, shown: {"prompt": "x", "prompt_token_ids": [1], **shown},
+        lambda request, shown: {"prompt": "x"},
+        lambda request, shown: {"prompt": "", **shown},
+        lambda request, shown: {"prompt": "x", "multi_modal_embeddings": {"image": []}},
+        lambda request, shown: {"prompt": "x", "multi_modal_embeddings": {"video": [1]}},
+    ],
+)
+async def test_nothing_passes_that_tensorrt_llm_would_not_see(
+    model: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any
+) -> None:
+    async with started(model) as engine:
+        item = keep_rows(engine, b"a", rows_of(1))
+        shown = {"multi_modal_embeddings": {"image": [rows_of(1)]}}
+        monkeypatch.setattr(
+            MediaPrompts, "inputs", lambda _self, request, _pinned: wrong(request, shown)
+        )
+        num_seen = len(engine._llm.fake.seen)
+        with pytest.raises(EngineError, match="would not see all of its images"):
+            engine.submit(asked(model, "1", item), lambda _chunk: None)
+        assert len(engine._llm.fake.seen) == num_seen
+        assert engine.media_store.num_pinned == 0
+
+
+async def test_bytes_in_several_pieces_are_put_together(model: Path) -> None:
+    async with started(model, media=MediaSettings(cache_bytes=4 << 16)) as engine:
+        store = engine.media_store
+        for claim in [store.claim(store.block_bytes) for _ in range(4)][::2]:
+            store.drop(claim)
+        rows = rows_of(1, 2 * store.block_bytes // (4 * HIDDEN))
+        item = keep_rows(engine, b"a", rows)
+        kept = store.pin(item.digest)
+        assert len(store.bytes_of(kept)) == 2
+        found = engine._streams._prompts._rows(kept, item.num_tokens)
+        assert torch.equal(found, rows)
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+async def test_images_and_embeddings_in_one_request_are_refused_by_name(model: Path) -> None:
+    async with started(model) as engine:
+        both = keep_rows(engine, b"a", rows_of(1)), keep_image(engine, b"r")
+        with pytest.raises(NotSupported, match="not both in one request") as caught:
+            engine.submit(asked(model, "1", *both), lambda _chunk: None)
+        assert (caught.value.param, caught.value.http_status) == ("media", 400)
+
+
+async def test_a_text_without_a_place_for_every_image_is_refused(model: Path) -> None:
+    async with started(model) as engine:
+        item = keep_rows(engine, b"a", rows_of(1))
+        good = asked(model, "1", item)
+        for text in ("", "[user] look: ", good.prompt_text + PLACEHOLDER):
+            request = msgspec.structs.replace(good, prompt_text=text)
+            with pytest.raises(RequestError, match="times for 1 images") as caught:
+                engine.submit(request, lambda _chunk: None)
+            assert caught.value.param == "media"
+
+
+async def test_bytes_that_are_not_here_are_an_error(model: Path) -> None:
+    async with started(model) as engine:
+        item = MediaItem(b"x" * 16, 0, 5, num_bytes=5 * HIDDEN * 4)
+        with pytest.raises(EngineError, match="the bytes of image 0 are not here"):
+            engine.submit(asked(model, "1", item), lambda _chunk: None)
+        short = msgspec.structs.replace(keep_rows(engine, b"a", rows_of(1)), num_tokens=4)
+        with pytest.raises(EngineError, match=r"have 1280 bytes, where 1024 make 64 values"):
+            engine.submit(asked(model, "2", short), lambda _chunk: None)
+        assert engine.media_store.num_pinned == 0
+        assert await tokens_of(engine, asked(model, "3"))
+
+
+async def test_a_processor_that_attaches_no_embeddings_is_no_dead_engine(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started(model) as engine:
+        monkeypatch.setattr("tensorrt_llm.inputs.eyes.ATTACHING", ())
+        item = keep_rows(engine, b"a", rows_of(1))
+        with pytest.raises(NotSupported, match="cannot take this model's images like this"):
+            engine.submit(asked(model, "1", item), lambda _chunk: None)
+        assert engine.media_store.num_pinned == 0
+        assert await tokens_of(engine, asked(model, "2", keep_image(engine, b"r")))
+
+
+async def test_a_family_that_tensorrt_llm_cannot_show_images_takes_text_only(
+    tmp_path: Path,
+) -> None:
+    folder = make_seeing_model(tmp_path / "model", "llava")
+    async with started(folder) as engine:
+        assert (engine.media_store, engine.encoder) == (None, None)
+        item = MediaItem(b"x" * 16, 0, 5)
+        with pytest.raises(NotSupported, match="takes text only; send no images"):
+            engine.submit(asked(folder, "1", item), lambda _chunk: None)
+        assert await tokens_of(engine, asked(folder, "2"))
+
+
+async def test_a_family_whose_images_cannot_be_counted_takes_embeddings(tmp_path: Path) -> None:
+    folder = make_seeing_model(tmp_path / "model", "mistral3")
+    async with started(folder) as engine:
+        with pytest.raises(MediaRejected, match="family mistral3"):
+            engine.encoder.plan(30, 50)
+        assert not engine._info.vision.images
+        assert await tokens_of(engine, asked(folder, "1", keep_rows(engine, b"a", rows_of(1))))
+
+
+# --- what is shared --------------------------------------------------------------------------
+
+
+async def test_what_is_shown_is_in_the_salt_and_no_event_claims_it_as_text(model: Path) -> None:
+    async with started(model) as engine:
+        first, second = keep_rows(engine, b"a", rows_of(1)), keep_rows(engine, b"b", rows_of(2))
+        salts = []
+        for number, (items, salt) in enumerate(
+            [((first,), ""), ((second,), ""), ((first, second), ""), ((first,), "tenant"), ((), "")]
+        ):
+            request = asked(model, str(number), *items, cache_salt=salt)
+            await tokens_of(engine, request)
+            salts.append(seen_by(engine)["cache_salt"])
+        assert salts[-1] is None
+        assert len(set(salts)) == 5
+        assert salts[3].endswith("tenant")
+        # A text as long as one with an image: only what text prompts made may be told of.
+        text = asked(model, "text")
+        stored: set[bytes] = set()
+        async with asyncio.timeout(10):
+            async for event in engine.kv_events():
+                if event.kind is KvEventKind.STORED:
+                    stored.update(event.block_hashes)
+                if len(stored) >= len(text.prompt_token_ids) // 8:
+                    break
+        from trtllm_workers.blocks import block_hashes, root_hash
+
+        root = root_hash(engine._info.model_id)
+        with_image = asked(model, "0", first)
+        untold = set(block_hashes(with_image.prompt_token_ids, 8, root)) - set(
+            block_hashes(text.prompt_token_ids, 8, root)
+        )
+        assert untold
+        assert not untold & stored
+
+
+async def test_an_image_at_the_beginning_is_in_no_event(model: Path) -> None:
+    """Its placeholders come as ids that no text has."""
+    from trtllm_workers.engines.trtllm.kv_index import KvIndex
+
+    def stored(tokens: list[int]) -> dict[str, Any]:
+        block = {"block_hash": 5, "tokens": [{"token_id": one} for one in tokens]}
+        return {
+            "data": {"type": "stored", "parent_hash": None, "blocks": [block]},
+            "window_size": 1,
+        }
+
+    index = KvIndex("m", 4, 512, PAD)
+    assert list(index.take(stored([1, 513, 513, 513]))) == []
+    assert list(index.take(stored([1, PAD, PAD, PAD]))) == []
+    assert index.counts.ambiguous == 2
+    assert len(index.take(stored([1, 2, 3, 4]))) == 1
+
+
+async def test_pins_last_as_long_as_the_request(model: Path) -> None:
+    async with started(model) as engine:
+        item = keep_rows(engine, b"a", rows_of(1))
+        chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
+        engine.submit(asked(model, "1", item, max_tokens=150), chunks.put_nowait)
+        await chunks.get()
+        assert engine.media_store.num_pinned == 1
+        engine.abort("1")
+        async with asyncio.timeout(10):
+            while (await chunks.get()).finish_reason is None:
+                pass
+        assert engine.media_store.num_pinned == 0
+        store = engine.media_store
+        engine.submit(asked(model, "2", item, max_tokens=150), chunks.put_nowait)
+        await chunks.get()
+    assert store.num_pinned == 0
+
+
+# --- several workers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
+async def test_a_prompt_with_images_is_computed_elsewhere(tmp_path: Path, family: str) -> None:
+    folder = make_seeing_model(tmp_path / "model", family)
+    async with (
+        started(folder) as whole,
+        started(folder, "prefill") as prefill,
+        started(folder, "decode") as decode,
+    ):
+        assert decode.encoder is None
+        assert not decode._info.vision.encodes
+        item = keep_image(prefill, b"r")
+        assert keep_image(whole, b"r") == item
+        expected = await tokens_of(whole, asked(folder, "0", item))
+        loop = asyncio.get_running_loop()
+        made: asyncio.Future[Prefilled] = loop.create_future()
+        held: asyncio.Future[Reservation] = loop.create_future()
+        request = asked(folder, "1", item)
+        prefill.prefill(request, made.set_result)
+        decode.reserve(request, held.set_result)
+        async with asyncio.timeout(20):
+            prefilled, _ = await made, await held
+        assert prefilled.first.finish_reason is None, prefilled.first
+        chunks: asyncio.Queue[TokenChunk] = asyncio.Queue()
+        decode.resume("1", prefilled.first, chunks.put_nowait, prefilled.opaque)
+        assert await drain(chunks) == expected
+        # Its prompt was seen: decode gets tokens alone, and the same salt.
+        seen = seen_by(decode)
+        assert seen["inputs"] == request.prompt_token_ids
+        assert seen["disaggregated_params"].request_type == "generation_only"
+        assert seen["disaggregated_params"].multimodal_embedding_handles is None
+        assert seen["cache_salt"] == seen_by(prefill)["cache_salt"]
+        prefill.release("1")
+        assert prefill.media_store.num_pinned == 0
+        # Decode may have to compute the prompt itself; then it needs the bytes.
+        again = msgspec.structs.replace(request, request_id="2")
+        held = loop.create_future()
+        decode.reserve(again, held.set_result)
+        await held
+        with pytest.raises(EngineError, match="are not here"):
+            decode.resume("2", None, chunks.put_nowait)
+        move(item, prefill, decode)
+        decode.resume("2", None, chunks.put_nowait)
+        assert await drain(chunks) == expected
+        assert decode.media_store.num_pinned == 0
+
+
+async def drain(chunks: asyncio.Queue[TokenChunk]) -> list[int]:
+    tokens: list[int] = []
+    async with asyncio.timeout(20):
+        while True:
+            chunk = await chunks.get()
+            tokens += chunk.token_ids
+            if chunk.finish_reason is not None:
+                assert chunk.finish_reason is FinishReason.LENGTH, chunk
+                return tokens
+
+
+async def test_a_prompt_that_is_not_as_long_as_counted_is_not_handed_over(model: Path) -> None:
+    async with started(model, "prefill") as prefill:
+        item = keep_image(prefill, b"r")
+        request = asked(model, "1", item)
+        longer = msgspec.structs.replace(request, prompt_text=request.prompt_text + "!")
+        made: asyncio.Future[Prefilled] = asyncio.get_running_loop().create_future()
+        prefill.prefill(longer, made.set_result)
+        async with asyncio.timeout(10):
+            first = (await made).first
+        assert first.finish_reason is FinishReason.ERROR
+        assert "by our count" in (first.error_message or "")
+
+
+async def test_a_tower_apart_makes_embeddings_that_give_the_same_answer(model: Path) -> None:
+    async with started(model) as whole, started(model, "encode", generates=False) as tower:
+        assert isinstance(tower.encoder, TowerEncoder)
+        assert tower._info.vision.encodes
+        item = await asyncio.to_thread(keep_image, tower, b"e")
+        assert (item.kind, item.num_bytes) == (
+            MediaKind.EMBEDDINGS,
+            item.num_tokens * HIDDEN * 4,
+        )
+        move(item, tower, whole)
+        seen = keep_image(whole, b"r")
+        assert seen.num_tokens == item.num_tokens
+        expected = await tokens_of(whole, asked(model, "1", seen))
+        assert await tokens_of(whole, asked(model, "2", item)) == expected
+        # With a tower apart all is embeddings, so files of them mix with images.
+        rows = keep_rows(whole, b"f", rows_of(1))
+        assert await tokens_of(whole, asked(model, "3", item, rows))
+        # Pixels that stay pixels are other items than those that were encoded.
+        assert tower.encoder.fingerprint != whole.encoder.fingerprint
+        with pytest.raises(NotSupported, match="encodes images and generates nothing"):
+            tower.submit(asked(model, "4"), lambda _chunk: None)
+
+
+async def test_a_tower_tells_what_failed_and_whether_it_is_broken(model: Path) -> None:
+    async with started(model, "encode", generates=False) as tower:
+        encoder = tower.encoder
+        encoder._tower.fake_error = ValueError("one image cannot be encoded")
+        with pytest.raises(EngineError, match="vision tower: one image cannot be encoded"):
+            await asyncio.to_thread(keep_image, tower, b"e")
+        encoder._tower.fake_error = None
+        await asyncio.to_thread(keep_image, tower, b"e")
+        encoder._tower.fake_error = RuntimeError("CUDA error: an illegal memory access")
+        with pytest.raises(EngineError, match="CUDA error"):
+            await asyncio.to_thread(keep_image, tower, b"f")
+        async with asyncio.timeout(5):
+            assert "vision tower is broken" in str(await tower.died())
+    with pytest.raises(EngineError, match="the vision tower has ended"):
+        encoder.encode(memoryview(bytes(3)), 1, 1, [])
+
+
+async def test_a_text_model_cannot_have_the_role_encode(tmp_path: Path) -> None:
+    from tests.fakes.tiny_models import make_tiny_checkpoint
+
+    text = make_tiny_checkpoint(tmp_path / "text")
+    counts_not = make_seeing_model(tmp_path / "mistral", "mistral3")
+    for folder, message in ((text, "is none"), (counts_not, "is of family mistral3")):
+        engine = build(folder, "encode", generates=False)
+        with pytest.raises(ConfigError, match=rf"role encode needs a vision-language.*{message}"):
+            await engine.start()
+        await engine.close()

@@ -12,8 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from tests.fakes.stand_in import tensorrt_llm_stand_in
-from tests.unit.trtllm_engine.seeing import (
+from tests.fakes.seeing import (
     HIDDEN,
     PAD,
     PLACEHOLDER,
@@ -24,6 +23,7 @@ from tests.unit.trtllm_engine.seeing import (
     move,
     tokenizer_of,
 )
+from tests.fakes.stand_in import tensorrt_llm_stand_in
 from trtllm_workers.config.keys import EngineConfig, Setting
 from trtllm_workers.config.media import MediaSettings
 from trtllm_workers.engines.base import EngineOptions, generate
@@ -280,10 +280,32 @@ async def test_a_processor_that_attaches_no_embeddings_is_no_dead_engine(
         assert await tokens_of(engine, asked(model, "2", keep_image(engine, b"r")))
 
 
-async def test_a_family_that_tensorrt_llm_cannot_show_images_takes_text_only(
-    tmp_path: Path,
+@pytest.mark.parametrize("shown", ["images", "embeddings"])
+async def test_an_input_processor_that_fails_is_no_dead_engine(
+    model: Path, monkeypatch: pytest.MonkeyPatch, shown: str
 ) -> None:
-    folder = make_seeing_model(tmp_path / "model", "llava")
+    async with started(model) as engine:
+
+        def fails(*_arguments: Any) -> None:
+            raise AssertionError("all images should be consumed")
+
+        monkeypatch.setattr("tensorrt_llm.inputs.eyes.Eyes._fuse", fails)
+        image = keep_image(engine, b"r")
+        item = image if shown == "images" else keep_rows(engine, b"a", rows_of(1))
+        with pytest.raises(
+            RequestError, match="cannot take these images: all images should"
+        ) as caught:
+            engine.submit(asked(model, "1", item), lambda _chunk: None)
+        assert caught.value.param == "media"
+        assert engine.media_store.num_pinned == 0
+        assert await tokens_of(engine, asked(model, "2"))
+
+
+@pytest.mark.parametrize("family", ["llava", "llama4"])
+async def test_a_family_that_tensorrt_llm_cannot_show_images_takes_text_only(
+    tmp_path: Path, family: str
+) -> None:
+    folder = make_seeing_model(tmp_path / "model", family)
     async with started(folder) as engine:
         assert (engine.media_store, engine.encoder) == (None, None)
         item = MediaItem(b"x" * 16, 0, 5)

@@ -12,8 +12,10 @@ from trtllm_workers.errors import NotSupported
 from trtllm_workers.transfer.media_store import MediaStore
 from trtllm_workers.types import GenerateRequest, MediaKind, VisionInfo
 
-# Models whose input processors attach embeddings that were made elsewhere (mistral3: not verified).
-FAMILIES = ("llama4", "llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl")
+# Models whose input processors are known to attach embeddings that were made elsewhere (mistral3 and qwen:
+# not verified; one that does not refuses the request). llama4's takes them only with special tokens and their
+# places among the rows, which items do not carry.
+FAMILIES = ("llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl")
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DEFAULT_DTYPE = "bfloat16"
 # A store's blocks are bytes, 64 KiB each: images and rows of embeddings lie side by side.

@@ -251,23 +251,31 @@ class Streams:
         try:
             require_seen(request, inputs, kind)
             entry.result = self._llm.generate_async(inputs, sampling, **more)
-        except (ValueError, self._api.request_error) as error:
+        except Exception as error:
             self._unpin(entry)
-            raise RequestError(f"TensorRT-LLM refuses the request: {in_words(error)}") from error
-        except EngineError:
-            self._unpin(entry)
-            raise
-        except NotImplementedError as error:  # its input processor attaches no embeddings
-            self._unpin(entry)
-            raise NotSupported(
-                f"TensorRT-LLM cannot take this model's images like this: {in_words(error)}",
-                param="media",
-            ) from error
-        except Exception as error:  # anything else means that it cannot go on
-            self._unpin(entry)
-            dead = EngineDead(f"TensorRT-LLM takes no requests any more: {in_words(error)}")
-            self._on_broken(dead)
-            raise dead from error
+            raise self._refused(error, shows=inputs is not request.prompt_token_ids) from error
+
+    def _refused(self, error: Exception, *, shows: bool) -> LaunchError:
+        """Return what an error of ``generate_async`` means for the caller; the engine may have ended with it."""
+        if isinstance(error, LaunchError):
+            return error
+        if isinstance(error, ValueError | self._api.request_error):
+            return RequestError(f"TensorRT-LLM refuses the request: {in_words(error)}")
+        if isinstance(error, NotImplementedError):  # its input processor attaches no embeddings
+            text = f"TensorRT-LLM cannot take this model's images like this: {in_words(error)}"
+            return NotSupported(text, param="media")
+        if shows and not is_fatal(error):
+            # A model's input processor runs here, and fails in ways of its own on what it cannot take.
+            self._num_failures += 1
+            if self._num_failures % SUSPICIOUS_FAILURES == 0:
+                self._on_doubt()
+            return RequestError(
+                f"TensorRT-LLM cannot take these images: {in_words(error)}", param="media"
+            )
+        # Anything else means that it cannot go on.
+        dead = EngineDead(f"TensorRT-LLM takes no requests any more: {in_words(error)}")
+        self._on_broken(dead)
+        return dead
 
     def _unpin(self, entry: Entry) -> None:
         if self._prompts is not None:

@@ -17,7 +17,7 @@ from trtllm_workers.config.vision_model import read_vision
 from trtllm_workers.errors import MediaRejected
 
 # Those that implement attach_multimodal_embeddings.
-ATTACHING = ("llama4", "llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl")
+ATTACHING = ("llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl")
 _FEWEST = 16  # ids below are special
 
 

@@ -1,4 +1,6 @@
-"""A tiny model with eyes for the stand-in, and what a worker does with images on it."""
+"""A tiny model with eyes for the simulator and the stand-in for TensorRT-LLM, and requests with images as a
+worker gets them. Its tower has no weights; its tokenizer puts <s> before every text.
+"""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def asked(
     """Return a request as the ingress makes it."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
     content = [*({"type": "image"} for _ in items), {"type": "text", "text": "Which color is it?"}]
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -131,6 +131,15 @@ def asked(
     )
 
 
+def inputs_of(engine: TrtllmEngine, request: GenerateRequest) -> dict[str, Any]:
+    """Return what the adapter gives TensorRT-LLM."""
+    streams: Any = engine._streams
+    store: Any = engine.media_store
+    kept = [store.pin(item.digest) for item in request.media]
+    made: dict[str, Any] = streams._prompts.inputs(request, kept)
+    return made
+
+
 async def tokens_of(engine: TrtllmEngine, request: GenerateRequest) -> list[int]:
     async with asyncio.timeout(120):
         chunks = [chunk async for chunk in generate(engine, request)]
@@ -144,10 +153,8 @@ async def test_prompts_with_images_are_as_long_as_we_count(vision_model: Path) -
         for number, size in enumerate(SIZES):
             item = item_of(engine, bytes([65 + number]), RED, size)
             request = asked(vision_model, vision_of(engine), f"r{number}", [item])
-            assert engine._streams is not None
             await tokens_of(engine, request)
-            kept = [engine.media_store.pin(item.digest)]  # type: ignore[union-attr]
-            inputs = engine._streams._prompts.inputs(request, kept)  # type: ignore[union-attr,arg-type]
+            inputs = inputs_of(engine, request)
             result = engine._llm.generate_async(inputs, _sampling(), cache_salt=f"alone {number}")
             await result
             assert len(result.prompt_token_ids) == len(request.prompt_token_ids), size
@@ -203,9 +210,7 @@ async def test_with_token_ids_embeddings_are_dropped_in_silence(vision_model: Pa
         for number, (item, content) in enumerate(zip(items, contents, strict=True)):
             keep(engine, item, content)
             request = asked(vision_model, vision_of(engine), f"r{number}", [item])
-            kept = [engine.media_store.pin(item.digest)]  # type: ignore[union-attr]
-            assert engine._streams is not None
-            inputs = engine._streams._prompts.inputs(request, kept)  # type: ignore[union-attr,arg-type]
+            inputs = inputs_of(engine, request)
             del inputs["prompt"]
             inputs["prompt_token_ids"] = request.prompt_token_ids
             try:
@@ -252,8 +257,9 @@ async def test_rows_of_another_width_are_refused_and_the_engine_lives(
     vision_model: Path, fits: bool
 ) -> None:
     """engines/trtllm/streams.py takes what an input processor raises for the request's fault."""
+    import torch
+
     async with started(vision_model) as engine:
-        torch = __import__("torch")
         hidden = vision_of(engine).hidden_size - (not fits)
         text = asked(vision_model, vision_of(engine), "1", [MediaItem(b"x" * 16, 0, 4)]).prompt_text
         inputs = {

@@ -77,6 +77,9 @@ class TrtllmEngine:
     TensorRT-LLM moves its own KV, so ``kv_pool`` is None. It has no call for its health: a request that
     fails for a reason of its own, several failures in a row with a probe that fails too, and the worker's
     watchdog are what ends it.
+
+    Its input processor prepares images inside ``generate_async``, on this loop, for its queues take one thread
+    only. Workers of the role encode spare the others that: embeddings need no preparing.
     """
 
     def __init__(self, options: EngineOptions) -> None:

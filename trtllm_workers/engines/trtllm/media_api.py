@@ -76,4 +76,6 @@ def _tower() -> tuple[Callable[..., Any], Callable[[dict[str, Any]], Any]]:
 def first_text(api: MediaApi, model: Path) -> str:
     """Return the text of the tokens that the model's tokenizer puts before every prompt by itself."""
     tokenizer = api.tokenizer(str(model))
-    return str(tokenizer.decode(tokenizer("").input_ids))
+    alone = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    return str(tokenizer.decode(whole[: whole.index(alone[0])]))

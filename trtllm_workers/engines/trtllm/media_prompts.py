@@ -86,6 +86,14 @@ class MediaPrompts:
         return flat.view(num_tokens, vision.hidden_size)
 
 
+def wrong_length(request: GenerateRequest, result: Any) -> str:
+    """Return what is wrong when TensorRT-LLM's prompt is not as long as the one that was counted, else ""."""
+    made, counted = len(result.prompt_token_ids or ()), len(request.prompt_token_ids)
+    if made == counted:
+        return ""
+    return f"request {request.request_id}: its prompt has {made} tokens in TensorRT-LLM and {counted} by our count"
+
+
 def needs_media(request: GenerateRequest, request_type: str | None) -> bool:
     """Return whether TensorRT-LLM has to see what a request shows.
 

@@ -23,7 +23,12 @@ from trtllm_workers.engines.trtllm.entries import Entry, Phase
 from trtllm_workers.engines.trtllm.failures import SUSPICIOUS_FAILURES, in_words, is_fatal
 from trtllm_workers.engines.trtllm.handoff_state import decode_state
 from trtllm_workers.engines.trtllm.images import check_kinds, salt_of
-from trtllm_workers.engines.trtllm.media_prompts import MediaPrompts, needs_media, require_seen
+from trtllm_workers.engines.trtllm.media_prompts import (
+    MediaPrompts,
+    needs_media,
+    require_seen,
+    wrong_length,
+)
 from trtllm_workers.engines.trtllm.prefill_result import read_prefill
 from trtllm_workers.engines.trtllm.sampling import stop_ids, trtllm_sampling
 from trtllm_workers.errors import (
@@ -216,6 +221,8 @@ class Streams:
     def _generate(self, entry: Entry) -> None:
         sampling = trtllm_sampling(self._api, entry.request.sampling, self.info)
         self._call(entry, sampling, streaming=True)
+        if entry.request.media and (wrong := wrong_length(entry.request, entry.result)):
+            log.warning("usage and limits are not exact", reason=wrong)
         entry.task = self._loop.create_task(
             self._watch(entry, self._read(entry, self._maker(entry)))
         )
@@ -280,18 +287,6 @@ class Streams:
     def _unpin(self, entry: Entry) -> None:
         if self._prompts is not None:
             self._prompts.let_go(entry)
-
-    def _check_length(self, entry: Entry, result: Any) -> None:
-        """Raise EngineError when a prompt with images is not as long in TensorRT-LLM as was counted.
-
-        Decode goes on from as many tokens as were counted.
-        """
-        made = len(result.prompt_token_ids or ())
-        if entry.request.media and made != entry.num_prompt_tokens:
-            raise EngineError(
-                f"request {entry.request_id}: its prompt has {made} tokens in TensorRT-LLM and "
-                f"{entry.num_prompt_tokens} by our count, so decode cannot go on from it"
-            )
 
     def _maker(self, entry: Entry, first: TokenChunk | None = None) -> ChunkMaker:
         sampling = entry.request.sampling
@@ -374,7 +369,8 @@ class Streams:
 
     async def _read_prefill(self, entry: Entry) -> None:
         result = await entry.result
-        self._check_length(entry, result)
+        if entry.request.media and (wrong := wrong_length(entry.request, result)):
+            raise EngineError(f"{wrong}, so decode cannot go on from it")
         made = read_prefill(
             result, entry.request, self.info, self._api.version, self._transfer_timeout_s
         )

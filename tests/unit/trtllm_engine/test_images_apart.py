@@ -19,6 +19,7 @@ from tests.fakes.seeing import (
 )
 from tests.fakes.stand_in import tensorrt_llm_stand_in
 from tests.unit.trtllm_engine.image_stage import build, rows_of, seen_by, started, tokens_of
+from trtllm_workers.engines.trtllm.failures import SUSPICIOUS_FAILURES
 from trtllm_workers.engines.trtllm.tower import TowerEncoder
 from trtllm_workers.errors import (
     ConfigError,
@@ -168,6 +169,21 @@ async def test_a_tower_tells_what_failed_and_whether_it_is_broken(model: Path) -
             assert "vision tower is broken" in str(await tower.died())
     with pytest.raises(EngineError, match="the vision tower has ended"):
         encoder.encode(memoryview(bytes(3)), 1, 1, [])
+
+
+async def test_a_tower_that_only_fails_is_broken(model: Path) -> None:
+    async with started(model, "encode", generates=False) as tower:
+        encoder = tower.encoder
+        for failures in (SUSPICIOUS_FAILURES - 1, SUSPICIOUS_FAILURES):
+            encoder._tower.fake_error = None
+            await asyncio.to_thread(keep_image, tower, b"e")
+            assert tower._death is None
+            encoder._tower.fake_error = ValueError("no image can be encoded")
+            for _ in range(failures):
+                with pytest.raises(EngineError, match="no image can be encoded"):
+                    await asyncio.to_thread(keep_image, tower, b"e")
+        async with asyncio.timeout(5):
+            assert "no image can be encoded" in str(await tower.died())
 
 
 async def test_a_text_model_cannot_have_the_role_encode(tmp_path: Path) -> None:

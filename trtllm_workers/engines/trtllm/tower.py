@@ -16,13 +16,14 @@ from typing import Any
 from trtllm_workers.config.vision_model import VisionModel
 from trtllm_workers.engines.base import ImagePlan
 from trtllm_workers.engines.trtllm.api import Api
-from trtllm_workers.engines.trtllm.failures import in_words, is_fatal
+from trtllm_workers.engines.trtllm.failures import SUSPICIOUS_FAILURES, in_words, is_fatal
 from trtllm_workers.engines.trtllm.images import VALUE_BYTES
 from trtllm_workers.engines.trtllm.media_api import MediaApi
 from trtllm_workers.errors import ConfigError, EngineError
 from trtllm_workers.types import VisionInfo
 
-ENCODE_TIMEOUT_S = 60.0
+# Below what the end of an engine waits for.
+ENCODE_TIMEOUT_S = 20.0
 
 
 class TowerEncoder:
@@ -49,6 +50,7 @@ class TowerEncoder:
         self._fingerprint = blake2b(named.encode(), digest_size=16).digest()
         self._on_broken = on_broken
         self._tower: Any = None
+        self._num_failures = 0  # in a row
         self._lock = threading.Lock()  # one image at a time, and none while it ends
 
     def start(self, model_path: Path, options: dict[str, Any]) -> None:
@@ -111,15 +113,15 @@ class TowerEncoder:
                 raise EngineError("the vision tower has ended")
             try:
                 result = self._tower.generate_async(inputs).result(ENCODE_TIMEOUT_S)
-                handle = _handle_of(result)
                 assert self._media.open_handle is not None, "imported with the encoder"
-                return self._media.open_handle(handle).clone().cpu()
-            except EngineError:
-                raise
+                rows = self._media.open_handle(_handle_of(result)).clone().cpu()
             except Exception as error:
-                if is_fatal(error):
+                self._num_failures += 1
+                if is_fatal(error) or self._num_failures >= SUSPICIOUS_FAILURES:
                     self._on_broken(f"TensorRT-LLM's vision tower is broken: {in_words(error)}")
                 raise EngineError(f"TensorRT-LLM's vision tower: {in_words(error)}") from error
+            self._num_failures = 0
+            return rows
 
 
 def _handle_of(result: Any) -> dict[str, Any]:

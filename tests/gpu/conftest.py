@@ -18,6 +18,7 @@ from trtllm_workers.engines.trtllm.engine import TrtllmEngine
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--model", help="folder of a small model for the tests on a GPU")
+    parser.addoption("--vision-model", help="folder of a small vision-language model")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,6 +45,14 @@ def model(request: pytest.FixtureRequest, gpus: tuple[str, ...]) -> Path:
     given = request.config.getoption("--model", default=None)
     if not given:
         pytest.skip("no model: give --model DIR")
+    return Path(str(given))
+
+
+@pytest.fixture(scope="session")
+def vision_model(request: pytest.FixtureRequest, gpus: tuple[str, ...]) -> Path:
+    given = request.config.getoption("--vision-model", default=None)
+    if not given:
+        pytest.skip("no vision-language model: give --vision-model DIR")
     return Path(str(given))
 
 

@@ -169,11 +169,35 @@ def test_a_state_travels_as_json_and_comes_back_whole() -> None:
     }
 
 
+POSITIONS = {
+    "mrope_position_ids_handle": {"tensor_handle": b"\x00\xff", "tensor_size": [3, 1, 9]},
+    "mrope_position_deltas_handle": {"tensor_handle": "text", "tensor_size": [1]},
+}
+
+
+def test_positions_in_space_travel_within_one_node_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = encode_state(params(**POSITIONS), "1.2.1")
+    found = decode_state(API, state, (7,))
+    assert {name: found[name] for name in POSITIONS} == POSITIONS
+    monkeypatch.setattr("trtllm_workers.engines.trtllm.handoff_state.node_id", lambda: "another")
+    with pytest.raises(
+        EngineError, match="put prefill and decode workers of this model on one node"
+    ):
+        decode_state(API, state, (7,))
+
+
+def test_handles_of_embeddings_stay_behind() -> None:
+    """They are in the KV, and generation_only takes none."""
+    state = encode_state(params(multimodal_embedding_handles=[{"a": 1}]), "1.2.1")
+    assert "multimodal_embedding_handles" not in decode_state(API, state, (7,))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"multimodal_embedding_handles": [{"a": 1}]}, "only work on their own node"),
-        ({"mrope_position_ids_handle": {"a": 1}}, "mrope_position_ids_handle"),
+        ({"mrope_position_ids_handle": {"a": 1}}, "and not the other"),
+        ({"mrope_position_deltas_handle": {"a": 1}}, "and not the other"),
+        ({**POSITIONS, "mrope_position_ids_handle": {"a": object()}}, "handles that cannot travel"),
         ({"opaque_state": None}, "cache_transceiver_config.backend"),
         ({"ctx_request_id": None}, "no state to go on from"),
         ({"first_gen_tokens": []}, "no state to go on from"),

@@ -10,6 +10,7 @@ import msgspec
 
 from trtllm_workers.blocks import namespace
 from trtllm_workers.engines.event_log import KvEventLog
+from trtllm_workers.engines.trtllm.images import salt_of
 from trtllm_workers.engines.trtllm.kv_index import KvIndex
 from trtllm_workers.engines.trtllm.polling import Rearm, poll
 from trtllm_workers.types import EngineInfo, EngineStats, GenerateRequest, KvEvent
@@ -29,7 +30,8 @@ class Books:
     def __init__(self, llm: Any, info: EngineInfo) -> None:
         self._llm = llm
         self._info = info
-        self._index = KvIndex(info.model_id, info.block_size)
+        placeholder = None if info.vision is None else info.vision.image_token_id
+        self._index = KvIndex(info.model_id, info.block_size, info.vocab_size, placeholder)
         self._events = KvEventLog()
         self._rearm = Rearm()
         self._tasks: list[asyncio.Task[None]] = []
@@ -147,5 +149,5 @@ class Books:
 
 
 def namespace_of(request: GenerateRequest) -> str:
-    """Return what separates a request's blocks from equal tokens of others."""
-    return namespace(request.cache_salt, request.lora)
+    """Return what separates a request's blocks from equal tokens of others, as it is in TensorRT-LLM."""
+    return namespace(salt_of(request), request.lora)

@@ -9,7 +9,8 @@ from typing import Any
 
 import structlog
 
-from trtllm_workers.config.hf_model import read_hf_model
+from trtllm_workers.config.hf_model import HfModel, read_hf_model
+from trtllm_workers.config.vision_model import VisionModel, read_vision
 from trtllm_workers.engines.base import (
     Deliver,
     DeliverPrefilled,
@@ -18,10 +19,14 @@ from trtllm_workers.engines.base import (
     ImageEncoder,
     generate,
 )
+from trtllm_workers.engines.event_log import KvEventLog
 from trtllm_workers.engines.trtllm.api import Api, load_api
 from trtllm_workers.engines.trtllm.books import Books
 from trtllm_workers.engines.trtllm.failures import in_words
+from trtllm_workers.engines.trtllm.images import RgbEncoder, media_store_of, vision_of
 from trtllm_workers.engines.trtllm.log_marker import LogMarker
+from trtllm_workers.engines.trtllm.media_api import first_text, load_media_api
+from trtllm_workers.engines.trtllm.media_prompts import MediaPrompts
 from trtllm_workers.engines.trtllm.settings import (
     engine_info,
     read_options,
@@ -30,7 +35,14 @@ from trtllm_workers.engines.trtllm.settings import (
     transfer_timeout_s,
 )
 from trtllm_workers.engines.trtllm.streams import Streams
-from trtllm_workers.errors import ConfigError, EngineDead, EngineError, LaunchError
+from trtllm_workers.engines.trtllm.tower import TowerEncoder
+from trtllm_workers.errors import (
+    ConfigError,
+    EngineDead,
+    EngineError,
+    LaunchError,
+    NotSupported,
+)
 from trtllm_workers.lint.engine_config import nested
 from trtllm_workers.transfer.base import KvPool
 from trtllm_workers.transfer.media_store import MediaStore
@@ -42,6 +54,7 @@ from trtllm_workers.types import (
     Role,
     SamplingParams,
     TokenChunk,
+    VisionInfo,
 )
 
 log = structlog.get_logger(__name__)
@@ -64,6 +77,9 @@ class TrtllmEngine:
     TensorRT-LLM moves its own KV, so ``kv_pool`` is None. It has no call for its health: a request that
     fails for a reason of its own, several failures in a row with a probe that fails too, and the worker's
     watchdog are what ends it.
+
+    Its input processor prepares images inside ``generate_async``, on this loop, for its queues take one thread
+    only. Workers of the role encode spare the others that: embeddings need no preparing.
     """
 
     def __init__(self, options: EngineOptions) -> None:
@@ -73,11 +89,14 @@ class TrtllmEngine:
         self._info: EngineInfo | None = None
         self._streams: Streams | None = None
         self._books: Books | None = None
+        self._media: MediaStore | None = None
+        self._encoder: RgbEncoder | TowerEncoder | None = None
         self._death: EngineDead | None = None
         self._has_died = asyncio.Event()
         self._doubting: asyncio.Task[None] | None = None
         # Loading and ending block; both happen in one thread, which is the only one that does.
         self._thread = ThreadPoolExecutor(1, "trtllm")
+        self._no_events = KvEventLog()
         self._started = False
         self._closed = False
 
@@ -91,7 +110,10 @@ class TrtllmEngine:
         self._options.on_progress(0.0)
         loop = asyncio.get_running_loop()
         api = await loop.run_in_executor(self._thread, load_api)
-        self._llm = await loop.run_in_executor(self._thread, self._load, api)
+        eyes, vision = self._look(model)
+        if not self._options.generates:
+            return await self._start_tower(api, model, eyes, vision)
+        self._llm = await loop.run_in_executor(self._thread, self._load, api, vision is not None)
         if self._closed:
             await self._shut_down()
             raise EngineDead("the engine was closed while it loaded")
@@ -103,7 +125,11 @@ class TrtllmEngine:
             self._options.model_path,
             num_blocks=None,
             kv_wire=await self._wire(),
+            vision=vision,
         )
+        prompts = None
+        if eyes is not None and vision is not None:
+            prompts = await loop.run_in_executor(self._thread, self._open_eyes, eyes, vision, model)
         self._books = Books(self._llm, info)
         loras = {
             name: api.lora_request(name, number, str(folder))
@@ -119,6 +145,7 @@ class TrtllmEngine:
             # A decode worker takes prompts of any length: their KV comes from elsewhere.
             chunked_prefill=bool(chunked and chunked.value) or own.role is Role.DECODE,
             transfer_timeout_s=transfer_timeout_s(config),
+            prompts=prompts,
             on_broken=self._die,
             on_doubt=self._doubt,
         )
@@ -127,15 +154,75 @@ class TrtllmEngine:
         self._streams.info = self._info
         return self._info
 
-    def _load(self, api: Api) -> Any:
+    def _look(self, model: HfModel) -> tuple[VisionModel | None, VisionInfo | None]:
+        """Return what is known of the model's eyes, and what of it this worker takes."""
+        eyes = read_vision(self._options.model_path)
+        if eyes is None:
+            return None, None
+        setting = self._options.config.settings.get("dtype")
+        dtype = str(setting.value) if setting is not None and setting.value else "auto"
+        apart = not self._options.generates
+        encodes = self._options.encodes and (apart or self._own.role is not Role.DECODE)
+        vision = vision_of(eyes, dtype, encodes=encodes)
+        if vision is None:
+            log.warning(
+                "images are refused: TensorRT-LLM is not known to take them for this family",
+                family=eyes.family,
+                model=model.config_id,
+            )
+        return eyes, vision
+
+    def _open_eyes(self, eyes: VisionModel, vision: VisionInfo, model: HfModel) -> MediaPrompts:
+        """Make room for images, and what turns them into inputs. Imports; runs in a thread."""
+        media = load_media_api(encoder=False)
+        store = self._media = media_store_of(self._options.media)
+        if vision.encodes:
+            self._encoder = RgbEncoder(eyes, model.config_id)
+        return MediaPrompts(media, vision, store, first_text(media, self._options.model_path))
+
+    async def _start_tower(
+        self, api: Api, model: HfModel, eyes: VisionModel | None, vision: VisionInfo | None
+    ) -> EngineInfo:
+        """Start the vision tower alone: role encode. Raises ConfigError."""
+        path = self._options.model_path
+        if eyes is None or vision is None or not vision.images:
+            raise ConfigError(
+                f"role encode needs a vision-language model whose images TensorRT-LLM encodes; {path} is "
+                f"{'none' if eyes is None else f'of family {eyes.family}'}",
+                param="role",
+            )
+        loop = asyncio.get_running_loop()
+
+        def broken(why: str) -> None:
+            loop.call_soon_threadsafe(self._die, EngineDead(why))
+
+        def load() -> TowerEncoder:
+            media = load_media_api(encoder=True)
+            tower = TowerEncoder(api, media, eyes, vision, model.config_id, broken)
+            tower.start(path, api.merge_options({}, nested(self._options.config)))
+            return tower
+
+        self._encoder = await loop.run_in_executor(self._thread, load)
+        if self._closed:
+            await self._shut_down()
+            raise EngineDead("the engine was closed while it loaded")
+        self._media = media_store_of(self._options.media)
+        self._options.on_progress(1.0)
+        self._info = engine_info(
+            self._options.config, self._own, model, path, num_blocks=0, kv_wire="", vision=vision
+        )
+        return self._info
+
+    def _load(self, api: Api, sees: bool) -> Any:
         """Build the LLM; blocks until it is ready. Runs in a thread."""
         config = self._options.config
         guided = config.settings.get("guided_decoding_backend")
         arguments: dict[str, Any] = {
             "model": str(self._options.model_path),
             "backend": "pytorch",
-            # Tokens in, tokens out; only guided decoding needs to know how tokens are spelled.
-            "skip_tokenizer_init": not (guided and guided.value),
+            # Tokens in, tokens out; only guided decoding needs to know how tokens are spelled, and
+            # images, which come with a prompt's text.
+            "skip_tokenizer_init": not (guided and guided.value) and not sees,
         }
         try:
             return api.llm(**api.merge_options(arguments, nested(config)))
@@ -223,19 +310,21 @@ class TrtllmEngine:
 
     @property
     def media_store(self) -> MediaStore | None:
-        return None
+        return self._media
 
     @property
     def encoder(self) -> ImageEncoder | None:
-        return None
+        return self._encoder
 
     async def holdings(self) -> Mapping[str, int]:
         return self._books.holdings() if self._books is not None else {}
 
     def kv_events(self) -> AsyncIterator[KvEvent]:
-        if self._books is None:
+        if self._books is not None:
+            return self._books.follow_events()
+        if self._info is None:
             raise EngineDead("the trtllm engine has not started")
-        return self._books.follow_events()
+        return self._no_events.follow()  # a tower has no KV
 
     def stats(self) -> EngineStats:
         return self._books.stats() if self._books is not None else EngineStats()
@@ -255,6 +344,7 @@ class TrtllmEngine:
             self._streams.close()
         if self._books is not None:
             await self._books.close()
+        self._no_events.close()
         hangs = True
         try:
             await self._shut_down()
@@ -267,12 +357,14 @@ class TrtllmEngine:
     async def _shut_down(self) -> None:
         """Let TensorRT-LLM end its ranks. Raises EngineDead when it does not in time."""
         llm, self._llm = self._llm, None
-        if llm is None:
+        tower, self._encoder, self._media = self._encoder, None, None
+        if llm is None and not isinstance(tower, TowerEncoder):
             return
+        end = tower.close if isinstance(tower, TowerEncoder) else llm.shutdown
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
-                await loop.run_in_executor(self._thread, llm.shutdown)
+                await loop.run_in_executor(self._thread, end)
         except TimeoutError:
             raise EngineDead(
                 f"TensorRT-LLM did not shut down within {_SHUTDOWN_TIMEOUT_S:.0f} s; only the end of the "
@@ -282,6 +374,11 @@ class TrtllmEngine:
     def _alive(self, request_id: str) -> Streams:
         if self._death is not None:
             raise EngineDead(str(self._death))
+        if self._info is not None and not self._options.generates and not self._closed:
+            raise NotSupported(
+                f"request {request_id}: this worker encodes images and generates nothing",
+                param="model",
+            )
         if self._closed or self._streams is None:
             state = "is closed" if self._closed else "has not started"
             raise EngineDead(f"request {request_id}: the trtllm engine {state}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
+from trtllm_workers.transfer.media_store import Entry as Kept
 from trtllm_workers.types import GenerateRequest
 
 
@@ -29,7 +30,7 @@ class Phase(Enum):
 class Entry:
     """One request. ``result`` is TensorRT-LLM's, ``task`` reads it. ``deliver`` None: nobody listens any more.
 
-    ``brought``: its prompt was computed elsewhere, so what was cached there counts there.
+    ``pinned`` are the bytes of its images. ``brought``: its prompt was computed elsewhere, so what was cached there counts there.
     """
 
     request: GenerateRequest
@@ -41,6 +42,7 @@ class Entry:
     aborted: bool = False
     brought: bool = False
     began_s: float = 0.0
+    pinned: list[Kept] = field(default_factory=list)
 
     @property
     def request_id(self) -> str:

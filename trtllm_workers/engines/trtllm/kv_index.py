@@ -2,8 +2,9 @@
 
 Engine hashes (unsigned 64-bit) are not computed anew, they are looked up: a stored block's tokens and its
 parent tell which block of ours it is. Left out are blocks that would say something wrong: partial ones, those
-of all but the largest attention window, those whose parent is unknown, and first blocks that requests with
-different salts or adapters could have made (both change the engine's hash, and neither is in the events).
+of all but the largest attention window, those whose parent is unknown, first blocks that requests with
+different salts or adapters could have made (both change the engine's hash, and neither is in the events), and
+first blocks with an image in them, which no other prompt can be known to share.
 """
 
 from __future__ import annotations
@@ -41,9 +42,17 @@ class KvIndex:
     as cached while any rank holds it, because requests are not sent to ranks but to workers.
     """
 
-    def __init__(self, model_id: str, block_size: int) -> None:
+    def __init__(
+        self,
+        model_id: str,
+        block_size: int,
+        vocab_size: int = _UNSIGNED,
+        placeholder: int | None = None,
+    ) -> None:
         self._model_id = model_id
         self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._placeholder = placeholder
         self._window = 0
         self._ranks: dict[int, dict[int, bytes]] = {}
         self._last_ids: dict[int, int] = {}  # each rank counts its own events
@@ -155,6 +164,9 @@ class KvIndex:
         Equal tokens of one namespace always have one engine hash, so a namespace that is known by another
         one is not meant.
         """
+        # Embeddings stand there as ids that no text has.
+        if self._placeholder in tokens or max(tokens) >= self._vocab_size:
+            return None
         namespaces = self._seen.get(tokens) or {""}
         if len(namespaces) > _MOST_NAMESPACES:
             return None

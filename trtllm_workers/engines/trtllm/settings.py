@@ -12,7 +12,7 @@ from trtllm_workers.config.hf_model import HfModel
 from trtllm_workers.config.keys import EngineConfig
 from trtllm_workers.engines.trtllm.sampling import CAPABILITIES
 from trtllm_workers.errors import ConfigError
-from trtllm_workers.types import EngineInfo, Role
+from trtllm_workers.types import EngineInfo, Role, VisionInfo
 
 _TRANSCEIVER = "cache_transceiver_config"
 # TensorRT-LLM's own, for what a config leaves open.
@@ -64,6 +64,7 @@ def engine_info(
     *,
     num_blocks: int | None,
     kv_wire: str,
+    vision: VisionInfo | None = None,
 ) -> EngineInfo:
     """Return what is known of a started engine.
 
@@ -109,7 +110,9 @@ def engine_info(
         dtype=str(value("dtype", "auto")),
         tensor_parallel_size=value("tensor_parallel_size", 1),
         kv_events=bool(value("kv_cache_config.event_buffer_max_size", 0))
-        and value("kv_cache_config.enable_block_reuse", True),
+        and value("kv_cache_config.enable_block_reuse", True)
+        and options.role is not Role.ENCODE,
+        vision=vision,
     )
 
 

@@ -22,9 +22,23 @@ from trtllm_workers.engines.trtllm.chunks import ChunkMaker
 from trtllm_workers.engines.trtllm.entries import Entry, Phase
 from trtllm_workers.engines.trtllm.failures import SUSPICIOUS_FAILURES, in_words, is_fatal
 from trtllm_workers.engines.trtllm.handoff_state import decode_state
+from trtllm_workers.engines.trtllm.images import check_kinds, salt_of
+from trtllm_workers.engines.trtllm.media_prompts import (
+    MediaPrompts,
+    needs_media,
+    require_seen,
+    wrong_length,
+)
 from trtllm_workers.engines.trtllm.prefill_result import read_prefill
 from trtllm_workers.engines.trtllm.sampling import stop_ids, trtllm_sampling
-from trtllm_workers.errors import EngineDead, EngineError, LaunchError, RequestError, TransferFailed
+from trtllm_workers.errors import (
+    EngineDead,
+    EngineError,
+    LaunchError,
+    NotSupported,
+    RequestError,
+    TransferFailed,
+)
 from trtllm_workers.types import (
     EngineInfo,
     FinishReason,
@@ -57,6 +71,7 @@ class Streams:
     """All requests of one engine; see ``engines/base.py: Engine`` for what each call guarantees.
 
     ``on_broken`` is told, once, why the engine cannot go on. ``loras`` are requests' adapters by name.
+    ``prompts`` makes inputs of requests with images; None: there are none.
     ``transfer_timeout_s`` is after how long TensorRT-LLM gives up KV that nobody fetches, 0: never.
     """
 
@@ -70,6 +85,7 @@ class Streams:
         loras: dict[str, Any],
         chunked_prefill: bool,
         transfer_timeout_s: float,
+        prompts: MediaPrompts | None = None,
         on_broken: Callable[[EngineDead], None],
         on_doubt: Callable[[], None],
     ) -> None:
@@ -80,6 +96,7 @@ class Streams:
         self._loras = loras
         self._chunked_prefill = chunked_prefill
         self._transfer_timeout_s = transfer_timeout_s
+        self._prompts = prompts
         self._on_broken = on_broken
         self._on_doubt = on_doubt
         self._entries: dict[str, Entry] = {}
@@ -146,8 +163,8 @@ class Streams:
             return
         entry.deliver = deliver
         if first is None:
-            entry.phase = Phase.GENERATING
             self._generate(entry)
+            entry.phase = Phase.GENERATING
         else:
             self._fetch(entry, first, decode_state(self._api, opaque, first.token_ids))
 
@@ -179,6 +196,9 @@ class Streams:
         check_request(
             request, self.info, chunked_prefill=self._chunked_prefill, running=self._entries
         )
+        check_kinds(request, self.info.vision)
+        if request.media and self._prompts is not None:
+            self._prompts.check(request)
 
     def _require_alive(self, request_id: str) -> None:
         if self._death is not None:
@@ -194,12 +214,15 @@ class Streams:
         if self._entries.get(entry.request_id) is entry:
             del self._entries[entry.request_id]
             self._accounts.ended(entry.request_id, cached_tokens, num_output, aborted)
+            self._unpin(entry)
         if entry.timer is not None:
             entry.timer.cancel()
 
     def _generate(self, entry: Entry) -> None:
         sampling = trtllm_sampling(self._api, entry.request.sampling, self.info)
         self._call(entry, sampling, streaming=True)
+        if entry.request.media and (wrong := wrong_length(entry.request, entry.result)):
+            log.warning("usage and limits are not exact", reason=wrong)
         entry.task = self._loop.create_task(
             self._watch(entry, self._read(entry, self._maker(entry)))
         )
@@ -225,16 +248,45 @@ class Streams:
         request = entry.request
         if request.lora:
             more["lora_request"] = self._loras[request.lora]
-        if request.cache_salt:
-            more["cache_salt"] = request.cache_salt
+        if salt := salt_of(request):
+            more["cache_salt"] = salt
+        params = more.get("disaggregated_params")
+        kind = None if params is None else params.request_type
+        inputs: Any = request.prompt_token_ids
+        if self._prompts is not None and needs_media(request, kind):
+            inputs = self._prompts.hold(entry)
         try:
-            entry.result = self._llm.generate_async(request.prompt_token_ids, sampling, **more)
-        except (ValueError, self._api.request_error) as error:
-            raise RequestError(f"TensorRT-LLM refuses the request: {in_words(error)}") from error
-        except Exception as error:  # anything else means that it cannot go on
-            dead = EngineDead(f"TensorRT-LLM takes no requests any more: {in_words(error)}")
-            self._on_broken(dead)
-            raise dead from error
+            require_seen(request, inputs, kind)
+            entry.result = self._llm.generate_async(inputs, sampling, **more)
+        except Exception as error:
+            self._unpin(entry)
+            raise self._refused(error, shows=inputs is not request.prompt_token_ids) from error
+
+    def _refused(self, error: Exception, *, shows: bool) -> LaunchError:
+        """Return what an error of ``generate_async`` means for the caller; the engine may have ended with it."""
+        if isinstance(error, LaunchError):
+            return error
+        if isinstance(error, ValueError | self._api.request_error):
+            return RequestError(f"TensorRT-LLM refuses the request: {in_words(error)}")
+        if isinstance(error, NotImplementedError):  # its input processor attaches no embeddings
+            text = f"TensorRT-LLM cannot take this model's images like this: {in_words(error)}"
+            return NotSupported(text, param="media")
+        if shows and not is_fatal(error):
+            # A model's input processor runs here, and fails in ways of its own on what it cannot take.
+            self._num_failures += 1
+            if self._num_failures % SUSPICIOUS_FAILURES == 0:
+                self._on_doubt()
+            return RequestError(
+                f"TensorRT-LLM cannot take these images: {in_words(error)}", param="media"
+            )
+        # Anything else means that it cannot go on.
+        dead = EngineDead(f"TensorRT-LLM takes no requests any more: {in_words(error)}")
+        self._on_broken(dead)
+        return dead
+
+    def _unpin(self, entry: Entry) -> None:
+        if self._prompts is not None:
+            self._prompts.let_go(entry)
 
     def _maker(self, entry: Entry, first: TokenChunk | None = None) -> ChunkMaker:
         sampling = entry.request.sampling
@@ -317,6 +369,8 @@ class Streams:
 
     async def _read_prefill(self, entry: Entry) -> None:
         result = await entry.result
+        if entry.request.media and (wrong := wrong_length(entry.request, result)):
+            raise EngineError(f"{wrong}, so decode cannot go on from it")
         made = read_prefill(
             result, entry.request, self.info, self._api.version, self._transfer_timeout_s
         )

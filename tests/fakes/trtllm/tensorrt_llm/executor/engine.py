@@ -13,6 +13,7 @@ import msgspec
 
 from trtllm_workers.blocks import block_hashes, root_hash
 from trtllm_workers.config.keys import default_config
+from trtllm_workers.config.vision_model import read_vision
 from trtllm_workers.engines.base import EngineOptions
 from trtllm_workers.engines.registry import build_engine, engine_keys
 from trtllm_workers.errors import LaunchError
@@ -33,6 +34,7 @@ from ..llmapi.disaggregated_params import DisaggregatedParams
 from ..sampling_params import SamplingParams
 from .control import Control
 from .result import RequestOutput, Response
+from .text_view import text_view
 from .utils import RequestError
 from .wording import block_of, hash64, logprobs_of, merged, torch_request
 
@@ -69,6 +71,7 @@ class Work:
     output: RequestOutput
     params: DisaggregatedParams | None
     salt: str
+    shown: list[int] = field(default_factory=list)
     error: BaseException | None = None
     tokens: list[int] = field(default_factory=list)
     buffered: list[Response] = field(default_factory=list)
@@ -95,7 +98,9 @@ class Executor:
         on_stats: Callable[[list[dict[str, Any]]], None],
         on_events: Callable[[list[dict[str, Any]]], None],
     ) -> None:
-        self._model = model
+        # The engine below knows no images: of a model with eyes it gets the language model.
+        self._view = None if read_vision(model) is None else text_view(model)
+        self._model = model if self._view is None else Path(self._view.name)
         self._args = args
         self._control = control
         self._transport_name = transport
@@ -145,6 +150,8 @@ class Executor:
         """End everything and the thread."""
         self.call(self._stop.set)
         self._thread.join(30)
+        if self._view is not None:
+            self._view.cleanup()
 
     @property
     def vocab_size(self) -> int:
@@ -420,8 +427,9 @@ class Executor:
         size = self._info.block_size
         root = root_hash(self._info.model_id, work.salt)
         tokens = [*work.prompt, *work.tokens]
+        told = [*(work.shown or work.prompt), *work.tokens]
         for index, digest in enumerate(block_hashes(tokens, size, root)):
-            self._tokens_of[digest] = tuple(tokens[index * size : (index + 1) * size])
+            self._tokens_of[digest] = tuple(told[index * size : (index + 1) * size])
         self._resolve()
 
     async def _follow_events(self) -> None:
@@ -458,7 +466,7 @@ class Executor:
         """Tell of the last block that is not full, and take it back: both happen."""
         if self._on_events is None:
             return
-        tokens = [*work.prompt, *work.tokens]
+        tokens = [*(work.shown or work.prompt), *work.tokens]
         rest = len(tokens) % self._info.block_size
         full = len(tokens) - rest
         if not rest or full:  # with a parent it would have to wait for that one's event

@@ -80,7 +80,7 @@ class RequestOutput:
         self.decoding_iter = 0
         self.metrics_dict: dict[str, Any] = {}
         self.context_logits = None
-        self.mm_embedding_handle = None
+        self.mm_embedding_handle: dict[str, Any] | None = None
         self.disaggregated_params: DisaggregatedParams | None = None
         self._abort = abort
         self._aborted = False

@@ -3,5 +3,12 @@
 from ..sampling_params import GuidedDecodingParams, SamplingParams
 from .disaggregated_params import DisaggregatedParams
 from .llm import LLM
+from .mm_encoder import MultimodalEncoder
 
-__all__ = ["LLM", "DisaggregatedParams", "GuidedDecodingParams", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "DisaggregatedParams",
+    "GuidedDecodingParams",
+    "MultimodalEncoder",
+    "SamplingParams",
+]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trtllm_workers.config.schema import trtllm_schema
+from trtllm_workers.config.vision_model import read_vision
 
 from ..executor.control import DIE_SEED, FAIL_SEED, WEDGE_SEED, Control
 from ..executor.engine import Executor, Work
@@ -57,14 +58,18 @@ class LLM:
         **kwargs: Any,
     ) -> None:
         del tokenizer, tokenizer_mode, trust_remote_code, dtype, revision, tokenizer_revision
-        self._skip_tokenizer = skip_tokenizer_init
+        self._eyes: Any = None
+        if not skip_tokenizer_init and read_vision(Path(model)) is not None:
+            from ..inputs.eyes import Eyes  # imports torch
+
+            self._eyes = Eyes(Path(model))
         self.args = kwargs
-        _check_arguments(kwargs)
+        check_arguments(kwargs)
         for name, value in (kwargs.get("env_overrides") or {}).items():
             os.environ[str(name)] = str(value)
         size = tensor_parallel_size * kwargs.get("pipeline_parallel_size", 1)
         size *= kwargs.get("context_parallel_size", 1)
-        _require_gpus(size, kwargs.get("gpus_per_node"))
+        require_gpus(size, kwargs.get("gpus_per_node"))
         self.fake = Control()
         self._ended = False
         self._executor = _Health(self)
@@ -116,11 +121,12 @@ class LLM:
         del prompt_adapter_request, kv_cache_retention_config, trace_headers, scheduling_params
         if self._ended or self.fake.death is not None:
             raise RuntimeError("LLM is shutting down")
-        prompt = _token_ids(inputs)
+        shown, prompt = self._process(inputs)
         sampling = sampling_params or SamplingParams()
         self.fake.seen.append(
             {
-                "prompt": prompt,
+                "prompt": shown,
+                "inputs": inputs,
                 "sampling": sampling,
                 "lora": lora_request,
                 "streaming": streaming,
@@ -148,14 +154,36 @@ class LLM:
             sampling.max_tokens = 1
         salt = f"{cache_salt or ''}/{lora_request.lora_name}" if lora_request else cache_salt or ""
         number = next(self._numbers)
-        output = RequestOutput(number, prompt, self._run.abort)
+        output = RequestOutput(number, shown, self._run.abort)
         self._begun = True
         self._stats.mark_undone()
         self._events.mark_undone()
-        work = Work(number, prompt, sampling, output, disaggregated_params, salt)
+        work = Work(number, prompt, sampling, output, disaggregated_params, salt, shown)
         self._steer(work)
         self._run.add(work)
         return output
+
+    def _process(self, inputs: Any) -> tuple[list[int], list[int]]:
+        """Return a prompt's ids as they are told, and as they are computed."""
+        if isinstance(inputs, str):
+            inputs = {"prompt": inputs}
+        if self._eyes is None or not isinstance(inputs, dict):
+            ids = _token_ids(inputs)
+            return ids, ids
+        media = inputs.get("multi_modal_data") or inputs.get("multi_modal_embeddings")
+        if not inputs.get("prompt"):
+            if not media:
+                ids = _token_ids(inputs)
+                return ids, ids
+            # Made text again, for the processor; embeddings are left out, and nobody says so.
+            inputs = {
+                "prompt": self._eyes.tokenizer.decode(inputs["prompt_token_ids"]),
+                "multi_modal_data": inputs.get("multi_modal_data") or {},
+            }
+            if not inputs["multi_modal_data"]:
+                del inputs["multi_modal_data"]
+        shown, played = self._eyes.process(inputs, self._run.vocab_size)
+        return list(shown), list(played)
 
     def _steer(self, work: Work) -> None:
         if os.environ.get("FAKE_TRTLLM_SEEDS") != "1":
@@ -224,7 +252,8 @@ def _token_ids(inputs: Any) -> list[int]:
     return list(inputs)
 
 
-def _check_arguments(given: dict[str, Any], section: str = "") -> None:
+def check_arguments(given: dict[str, Any], section: str = "") -> None:
+    """Raise ValueError for what TorchLlmArgs does not know."""
     schema = trtllm_schema("1.2.1")
     for key, value in given.items():
         dotted = f"{section}.{key}" if section else key
@@ -235,7 +264,7 @@ def _check_arguments(given: dict[str, Any], section: str = "") -> None:
         if key == "speculative_config" and isinstance(value, dict) and "decoding_type" in value:
             raise ValueError("speculative_config: decoding_type: Extra inputs are not permitted")
         if isinstance(value, dict) and dotted not in schema.free:
-            _check_arguments(value, dotted)
+            check_arguments(value, dotted)
     if not section:
         backend = (given.get("cache_transceiver_config") or {}).get("backend")
         if backend is not None and backend not in _BACKENDS:
@@ -255,7 +284,8 @@ def _transceiver(config: dict[str, Any]) -> str:
     return "NIXL"
 
 
-def _require_gpus(size: int, per_node: int | None) -> None:
+def require_gpus(size: int, per_node: int | None) -> None:
+    """Raise RuntimeError for fewer GPUs than ranks of this node."""
     if "FAKE_TRTLLM_NUM_GPUS" in os.environ:
         visible = int(os.environ["FAKE_TRTLLM_NUM_GPUS"])
     else:

@@ -48,8 +48,8 @@ def test_what_a_worker_says_of_images_is_shown() -> None:
         f"trtllm_launch_media_fetches_total{{{peer}}} 6.0",
         f"trtllm_launch_media_fetch_bytes_total{{{peer}}} 4096.0",
         f"trtllm_launch_media_fetch_seconds_total{{{peer}}} 0.25",
-        'trtllm_launch_media_kept_items{state="pinned",worker_id="p0"} 3.0',
-        'trtllm_launch_media_kept_items{state="cached",worker_id="p0"} 4.0',
+        'trtllm_launch_media_kept_images{state="pinned",worker_id="p0"} 3.0',
+        'trtllm_launch_media_kept_images{state="cached",worker_id="p0"} 4.0',
         'trtllm_launch_media_memory_bytes{state="free",worker_id="p0"} 100.0',
         'trtllm_launch_media_memory_bytes{state="claimed",worker_id="p0"} 10.0',
     ):

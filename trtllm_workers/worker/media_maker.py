@@ -255,8 +255,9 @@ class ItemMaker:
             await asyncio.wait((work.over,))
             if work.over.cancelled():
                 raise EngineError("this worker is going down")
-            entry = work.over.result()
-            assert self._store.pin(digest) is entry, "it stays while somebody has joined"
+            work.over.result()
+            entry = self._store.pin(digest)
+            assert entry is not None, "it stays while somebody has joined"
             self._meters.made(ENCODED)
             return Made(entry, cached=False)
 

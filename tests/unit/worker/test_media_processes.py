@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.unit.worker.media_cluster import TRANSPORTS, Gate, at_rest, media_stats, seen, stage
 from tests.unit.worker.media_stage import ROW_BYTES, make_store, pattern, request_with
-from tests.unit.worker.test_media_desk import TRANSPORTS, Gate, at_rest, media_stats, seen, stage
 from trtllm_workers.types import MediaItem, Role
 
 ROOT = Path(__file__).resolve().parents[3]

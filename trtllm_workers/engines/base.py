@@ -155,9 +155,9 @@ class Engine(Protocol):
 
     Images:
 
-    * A request with ``media`` is taken by ``submit``, ``prefill`` and ``resume`` with ``first`` None when
-      the bytes of all its items are in ``media_store``; EngineError otherwise. The engine pins them until
-      the request ends. ``reserve``, and ``resume`` after a prefill elsewhere, need none.
+    * A request with ``media`` is taken by ``submit``, ``prefill``, ``prefill_reserved`` and ``resume`` with
+      ``first`` None when the bytes of all its items are in ``media_store``; EngineError otherwise. The engine
+      pins them until the request ends. ``reserve``, and ``resume`` after a prefill elsewhere, need none.
     * Tokens depend on what the images show, wherever the embeddings were made; requests whose images
       differ never share cached blocks from the first image on.
     * A placeholder token outside of ``media``, and an engine without ``EngineInfo.vision`` that gets

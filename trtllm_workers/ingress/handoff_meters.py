@@ -74,8 +74,8 @@ def _show_media(metrics: Metrics, worker_id: str, media: MediaStats) -> None:
         counter("fetches_total", flow.num_fetches, **labels)
         counter("fetch_bytes_total", flow.num_bytes, **labels)
         counter("fetch_seconds_total", flow.seconds, **labels)
-    gauge("kept_items", media.num_pinned, "pinned")
-    gauge("kept_items", media.num_kept - media.num_pinned, "cached")
+    gauge("kept_images", media.num_pinned, "pinned")
+    gauge("kept_images", media.num_kept - media.num_pinned, "cached")
     gauge("memory_bytes", media.free_bytes, "free")
     gauge("memory_bytes", media.claimed_bytes, "claimed")
 

@@ -367,7 +367,7 @@ TABLE: tuple[Spec, ...] = (
         "Seconds that reading embeddings took.",
     ),
     Spec(
-        "trtllm_launch_media_kept_items",
+        "trtllm_launch_media_kept_images",
         "gauge",
         ("worker_id", "state"),
         "Images whose embeddings the worker has: pinned (in use) or cached (may go).",

@@ -161,8 +161,8 @@ class EncodeDesk:
         except Exception:  # the border: one ask must not end the others
             log.exception("images of a request failed in the worker", ask=ask.number)
             # Not what it was: that may name a file, and the client would read it.
-            error = EngineError(f"internal error in worker {self._worker_id}; see its log")
-            self._tell_failure(ask.peer, ask.number, error)
+            inside = EngineError(f"internal error in worker {self._worker_id}; see its log")
+            self._tell_failure(ask.peer, ask.number, inside)
 
     def _ended(self, ask: _Ask, task: asyncio.Task[None]) -> None:
         # Here and not in the story: a task that is cancelled before its first step never tells one.

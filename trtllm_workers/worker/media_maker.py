@@ -31,21 +31,13 @@ log = structlog.get_logger(__name__)
 
 DIGEST_BYTES = 16
 NICENESS = 10
-# References that are loaded, or wait loaded for the tower: their bytes are in memory.
-MAX_LOADING = 16
+# References that are loaded, or wait loaded for the tower: their bytes are in memory. More than the loader
+# lets in from one kind of place, so that slow hosts do not keep out what is here.
+MAX_LOADING = 64
 # Images that are decoded: one in the tower, one ready for it.
 MAX_DECODED = 2
 _CLOSE_TIMEOUT_S = 30.0
 _LENGTH = Struct("<q")
-
-
-class Room(Protocol):
-    """Memory to fill: ``runs`` hold ``num_bytes`` in order."""
-
-    @property
-    def runs(self) -> Sequence[memoryview]: ...
-    @property
-    def num_bytes(self) -> int: ...
 
 
 class LoadedImage(Protocol):
@@ -67,7 +59,7 @@ class LoadedRows(Protocol):
     @property
     def content(self) -> bytes: ...
     @property
-    def room(self) -> Room: ...
+    def room(self) -> Claim: ...
     @property
     def num_tokens(self) -> int: ...
     @property
@@ -95,8 +87,8 @@ class Loader(Protocol):
     async def load(
         self,
         reference: MediaReference,
-        claim: Callable[[int], Room],
-        drop: Callable[[Room], None],
+        claim: Callable[[int], Claim],
+        drop: Callable[[Claim], None],
     ) -> LoadedImage | LoadedEmbeddings: ...
     async def pixels(self, image: Any) -> memoryview: ...
     async def close(self) -> None: ...
@@ -158,7 +150,7 @@ class ItemMaker:
         Raises MediaRejected, NotSupported, Overloaded, EngineError.
         """
         async with self._loading:
-            loaded = await self._loader.load(reference, self._store.claim, self._drop)
+            loaded = await self._loader.load(reference, self._store.claim, self._store.drop)
             try:
                 if isinstance(loaded, LoadedEmbeddings):
                     return self._take(loaded)
@@ -166,13 +158,11 @@ class ItemMaker:
             except MediaRejected as error:
                 if error.param is not None:
                     raise
-                raise MediaRejected(str(error), param=reference.param) from None
+                message = f"{reference.param}: {error}"
+                raise MediaRejected(message, param=reference.param) from None
             except NotSupported as error:
-                raise NotSupported(str(error), param=reference.param) from None
-
-    def _drop(self, room: Room) -> None:
-        assert isinstance(room, Claim), "the loader gives back what it claimed here"
-        self._store.drop(room)
+                message = f"{reference.param}: {error}"
+                raise NotSupported(message, param=reference.param) from None
 
     # --- embeddings ----------------------------------------------------------------------------
 
@@ -186,7 +176,7 @@ class ItemMaker:
             for one in made:
                 self._store.unpin(one.entry)
             for rows in loaded.images:
-                self._drop(rows.room)  # of one that is kept this does nothing
+                self._store.drop(rows.room)  # of one that is kept this does nothing
             raise
         return made
 
@@ -203,19 +193,17 @@ class ItemMaker:
 
     def _keep(self, rows: LoadedRows) -> Made:
         room = rows.room
-        assert isinstance(room, Claim), "the loader fills what it claimed here"
         if rows.num_tokens * self._store.row_bytes != room.num_bytes:
             raise EngineError(
                 f"{rows.num_tokens} rows of embeddings came as {room.num_bytes} bytes; one row of this model "
                 f"has {self._store.row_bytes}"
             )
-        grid = rows.grid
+        grid: tuple[int, int, int] | None = None
         if self._encoder is not None:
-            grid = self._encoder.check_grid(rows.num_tokens, grid)
-        elif self._vision.uses_grid and grid is None:
-            raise MediaRejected(
-                "embeddings for this model come with `image_grid_thw`, their height and width in patches; "
-                "`trtllm-launch embed` writes it"
+            grid = self._encoder.check_grid(rows.num_tokens, rows.grid)
+        elif self._vision.uses_grid:
+            raise NotSupported(
+                "this worker has not loaded what tells where the embeddings of this model belong in space"
             )
         digest = media_digest("file", b"", rows.content, grid)
         known = self._store.pin(digest)
@@ -267,8 +255,9 @@ class ItemMaker:
             await asyncio.wait((work.over,))
             if work.over.cancelled():
                 raise EngineError("this worker is going down")
-            entry = work.over.result()
-            assert self._store.pin(digest) is entry, "it stays while somebody has joined"
+            work.over.result()
+            entry = self._store.pin(digest)
+            assert entry is not None, "it stays while somebody has joined"
             self._meters.made(ENCODED)
             return Made(entry, cached=False)
 

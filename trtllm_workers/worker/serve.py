@@ -178,10 +178,13 @@ async def serve_worker(settings: WorkerSettings) -> None:
         if engine.kv_pool is not None:
             await asyncio.to_thread(prefault, engine.kv_pool)
         log.info("engine started", seconds=round(time.monotonic() - began_s, 2), **_summary(info))
-        no_kv_events = await _unless_stopped(why_no_events(engine, info), stop)
+        generates = settings.role is not Role.ENCODE
+        no_kv_events: str | None = "role encode computes no prompt"
+        if generates:
+            no_kv_events = await _unless_stopped(why_no_events(engine, info), stop)
         if no_kv_events is None:
             return
-        if no_kv_events and info.kv_events:
+        if no_kv_events and info.kv_events and generates:
             log.warning("a router cannot rely on this worker's KV events", reason=no_kv_events)
         status.report("registering")
         transports = await open_kv_transports(
@@ -268,7 +271,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
                 info,
                 lambda: service.progress,
                 # An engine without a language model refuses every probe; there is nothing to prove.
-                timeout_s=settings.stall_timeout_s if settings.role is not Role.ENCODE else 0.0,
+                timeout_s=settings.stall_timeout_s if generates else 0.0,
             )
             owned = owned_by(service, canary)
             ledger = Ledger(engine, lambda: owned() | watchdog.request_ids, service.meters)

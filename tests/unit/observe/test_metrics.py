@@ -17,7 +17,9 @@ from trtllm_workers.observe.metrics import (
 from trtllm_workers.observe.metrics_table import TABLE, Spec
 from trtllm_workers.types import EngineStats
 
-UNITS = "total|seconds|bytes|tokens|blocks|requests|workers|pairs|ratio|gigabytes_per_second|items"
+UNITS = (
+    "total|seconds|bytes|tokens|blocks|images|items|requests|workers|pairs|ratio|gigabytes_per_second"
+)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -230,10 +230,14 @@ async def until(met: Callable[[], object]) -> None:
 
 
 class Sighted:
-    """A sim engine that takes images: it looks at their bytes, and pins them until a request ends."""
+    """A sim engine that takes images: it looks at their bytes, and pins them until a request ends.
 
-    def __init__(self, engine: Engine, *, blind: bool = False) -> None:
+    ``blind``: without a vision tower. ``mute``: without a language model.
+    """
+
+    def __init__(self, engine: Engine, *, blind: bool = False, mute: bool = False) -> None:
         self._engine = engine
+        self._mute = mute
         self.media_store: MediaStore | None = make_store()
         self.encoder: Tower | None = None if blind else Tower()
         self.seen: list[tuple[str, list[bytes]]] = []
@@ -298,6 +302,8 @@ class Sighted:
         return take
 
     def submit(self, request: GenerateRequest, deliver: Deliver) -> None:
+        if self._mute:
+            raise RequestError("there is no language model here")
         seen = self._look(request)
         self._engine.submit(seen, self._watched(request.request_id, deliver))
 

@@ -215,7 +215,8 @@ async def test_what_the_model_cannot_take_names_the_field() -> None:
         small = await stage.failure(1, "image:cat:2x2")
         assert (small.code, small.param) == ("invalid_image", reference("").param)
         odd = await stage.failure(2, "rows:x:13")
-        assert (odd.message, odd.param) == ("no image has 13 tokens", reference("").param)
+        assert (odd.code, odd.param) == ("invalid_image", reference("").param)
+        assert odd.message == f"{odd.param}: no image has 13 tokens"
         await stage.empty()
         assert stage.store.num_entries == 0
 

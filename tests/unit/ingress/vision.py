@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from tests.unit.ingress.checkpoints import MODEL, byte_level_tokenizer, write_checkpoint
 from tests.unit.ingress.fakes import FakeWorker
 from tests.unit.ingress.roles import Worker
-from tests.unit.ingress.stage import Stage
+from tests.unit.ingress.stage import Call, Stage
 from trtllm_workers.planes.media_messages import EncodeAsk, Encoded, EncodeDone, EncodeFailed
 from trtllm_workers.planes.messages import Message
 from trtllm_workers.types import Address, MediaItem, Role, VisionInfo
@@ -184,3 +184,19 @@ def expanded(prompt: str, *lengths: int) -> list[int]:
     for token_id in tokenizer.encode(prompt, add_special_tokens=False).ids:
         ids += [image_id] * next(left) if token_id == image_id else [token_id]
     return ids
+
+
+def look(playing: Stage, *urls: str, **fields: Any) -> Call:
+    """Begin a streamed chat about images that can be watched."""
+    return playing.call(messages=[user(*map(image, urls or (CAT,)), text("?"))], **fields)
+
+
+async def until_encoders(playing: Stage, count: int) -> None:
+    served = playing.fleet.models
+    await playing.until(lambda: len(served[MODEL].encoders()) == count)
+
+
+def e_p_d(seeing: Path, **fields: Any) -> tuple[Seer, Seer, Seer]:
+    """Return two encode workers and a worker that cannot encode."""
+    e0, e1 = (Seer(seeing, f"e{at}", Role.ENCODE, **fields) for at in range(2))
+    return e0, e1, Seer(seeing, "w0", vision=vision_info(encodes=False))

@@ -146,9 +146,11 @@ class Dispatcher:
         sink = Collected() if wire is None else wire
         answer = self._open(exchange, job)
         try:
-            items = await self._items(exchange, job, answer)
-            if exchange.gone:
-                return None
+            items: Items = ()
+            if job.images is not None:
+                items = await self._items(exchange, job.images, answer)
+                if exchange.gone:
+                    return None
             prompts, budgets = await _tokenized(job, items)
             if answer.failure is not None:
                 raise answer.failure
@@ -183,7 +185,9 @@ class Dispatcher:
                 )
             return answer.failure
         finally:
-            await self._close(answer, job)
+            self._close(answer)
+            if job.images is not None:
+                await _let_go(answer, job.images)
 
     def _images(self, served: Served, ask: Ask) -> Images | None:
         """Return the images of a request, if it has any. Raises RequestError when they cannot be taken."""
@@ -192,11 +196,9 @@ class Dispatcher:
         check_images(ask, _text(served).template, served.vision)
         return Images(self._encoders, served, ask.references, self._settings.encode_timeout_s)
 
-    async def _items(self, exchange: Exchange, job: Job, answer: Answer) -> Items:
+    async def _items(self, exchange: Exchange, images: Images, answer: Answer) -> Items:
         """Return what the images of a request became. Ends early when its client leaves."""
-        if job.images is None:
-            return ()
-        encoding = answer.start(job.images.encode(), f"encode-{exchange.request_id}")
+        encoding = answer.start(images.encode(), f"encode-{exchange.request_id}")
         while not (encoding.done() or answer.over):
             await exchange.woken()
             if exchange.gone:
@@ -239,18 +241,13 @@ class Dispatcher:
         self.idle.clear()
         return answer
 
-    async def _close(self, answer: Answer, job: Job) -> None:
+    def _close(self, answer: Answer) -> None:
         if answer.timer is not None:
             answer.timer.cancel()
         answer.abandon("client_left")
         self._answers.discard(answer)
         if not self._answers:
             self.idle.set()
-        if job.images is not None:
-            try:
-                await answer.end_work()
-            finally:
-                job.images.close()
 
     def _submit_choices(
         self,
@@ -319,6 +316,13 @@ class Dispatcher:
 def _text(served: Served) -> TextModel:
     assert served.text is not None, "a model that is ready has its tokenizer"
     return served.text
+
+
+async def _let_go(answer: Answer, images: Images) -> None:
+    try:
+        await answer.end_work()
+    finally:
+        images.close()
 
 
 async def _tokenized(job: Job, items: Items) -> tuple[list[Prompt], list[int]]:

@@ -132,6 +132,7 @@ class Dispatcher:
         self._admit()
         meter.received()
         ask = endpoint.parse(body)
+        del body  # with images in it, it is large, and nobody needs it any more
         served = self._fleet.served(ask.model)
         meter.model = served.name
         job = Job(ask, served, _text(served), self._images(served, ask))
@@ -193,8 +194,9 @@ class Dispatcher:
         """Return the images of a request, if it has any. Raises RequestError when they cannot be taken."""
         if not ask.references:
             return None
-        check_images(ask, _text(served).template, served.vision)
-        return Images(self._encoders, served, ask.references, self._settings.encode_timeout_s)
+        vision = check_images(ask, _text(served).template, served.vision)
+        timeout_s = self._settings.encode_timeout_s
+        return Images(self._encoders, served, ask.references, vision, timeout_s)
 
     async def _items(self, exchange: Exchange, images: Images, answer: Answer) -> Items:
         """Return what the images of a request became. Ends early when its client leaves."""
@@ -328,13 +330,15 @@ async def _let_go(answer: Answer, images: Images) -> None:
 async def _tokenized(job: Job, items: Items) -> tuple[list[Prompt], list[int]]:
     """Return every prompt, and how many tokens may be generated for each. Raises RequestError."""
     ask, served = job.ask, job.served
+    if not served.chain:  # they left while the images were encoded
+        raise Unavailable(f"model '{served.name}' has no worker left: {served.missing}")
     max_seq_len, max_prompt_len = served.max_seq_len, served.max_prompt_len
     prompts = await tokenize(
         ask,
         job.text,
         vocab_size=served.vocab_size,
         max_seq_len=max_seq_len,
-        vision=served.vision,
+        vision=served.vision if job.images is None else job.images.vision,
         items=items,
     )
     if job.images is not None:

@@ -336,10 +336,11 @@ async def test_only_workers_that_know_images_get_them(seeing: Path, tokenizer: T
     assert not blind.submits
 
 
+@pytest.mark.parametrize("template", [CHATML, None])
 async def test_a_template_without_a_place_for_images_says_so(
-    tmp_path: Path, tokenizer: Tokenizer
+    tmp_path: Path, tokenizer: Tokenizer, template: str | None
 ) -> None:
-    [worker] = seers(vision_checkpoint(tmp_path, CHATML), tokenizer)
+    [worker] = seers(vision_checkpoint(tmp_path, template), tokenizer)
     async with stage(worker) as playing:
         response = await see(playing, CAT)
     assert response.status_code == 400

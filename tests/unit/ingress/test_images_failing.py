@@ -23,8 +23,9 @@ from tests.unit.ingress.vision import (
     until_encoders,
     vision_checkpoint,
 )
-from trtllm_workers.planes.media_messages import EncodeFailed
-from trtllm_workers.planes.messages import Drain
+from trtllm_workers.errors import FrameError
+from trtllm_workers.planes.media_messages import EncodeAsk, EncodeFailed
+from trtllm_workers.planes.messages import Drain, Message
 from trtllm_workers.types import FinishReason, Role
 
 ANSWER = "Hello 日本 🎉 world. And more."
@@ -307,3 +308,37 @@ async def test_an_answer_to_somebody_elses_ask_is_ignored(
         asked.encode(asked.asks[0])
         assert text_of(await call.result()) == ANSWER
     assert worker.submits[0].request.media[0].holder == asked.record.address
+
+
+async def test_workers_that_leave_while_images_are_encoded(seeing: Path) -> None:
+    e0, e1, worker = e_p_d(seeing, waits=True)
+    async with stage(e0, e1, worker) as playing:
+        await until_encoders(playing, 2)
+        asked = asyncio.create_task(see(playing, CAT))
+        first, _ = await asked_one(e0, e1)
+        playing.discovery.show(e0.record, e1.record)
+        await playing.until(lambda: not playing.fleet.models[MODEL].makers)
+        first.encode(first.asks[0])
+        response = await asked
+        await first.until_done()
+    assert response.status_code == 503
+    assert "has no worker left" in response.json()["error"]["message"]
+
+
+async def test_images_that_no_message_can_carry_are_refused(
+    seeing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Seer(seeing, "w0")
+    async with stage(worker) as playing:
+        assert worker.peer is not None
+        send = worker.peer.send
+
+        def real_send(message: Message) -> None:
+            if isinstance(message, EncodeAsk):
+                raise FrameError("a message of 99 bytes is over the limit")
+            send(message)
+
+        monkeypatch.setattr(worker.peer, "send", real_send)
+        response = await see(playing, CAT)
+    assert response.status_code == 413
+    assert response.json()["error"]["param"] == "messages[0].content[1].image_url"

@@ -40,7 +40,7 @@ def vision_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def vision_checkpoint(folder: Path, template: str = PARTS_ONLY) -> Path:
+def vision_checkpoint(folder: Path, template: str | None = PARTS_ONLY) -> Path:
     return write_checkpoint(folder, vision_tokenizer(), template)
 
 

@@ -43,17 +43,17 @@ class Answer:
         self.timer: asyncio.TimerHandle | None = None
         self._running = 0
         self._sent = False
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: list[asyncio.Task[Any]] = []
 
     def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Begin work that ends with the answer at the latest; when it has ended, ``wake`` is called."""
         task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
+        self._tasks.append(task)
         task.add_done_callback(self._done)
         return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+        self._tasks.remove(task)
         self._wake()
 
     async def end_work(self) -> None:

@@ -132,6 +132,7 @@ class Dispatcher:
         self._admit()
         meter.received()
         ask = endpoint.parse(body)
+        del body  # with images in it, it is large, and nobody needs it any more
         served = self._fleet.served(ask.model)
         meter.model = served.name
         job = Job(ask, served, _text(served), self._images(served, ask))
@@ -146,9 +147,11 @@ class Dispatcher:
         sink = Collected() if wire is None else wire
         answer = self._open(exchange, job)
         try:
-            items = await self._items(exchange, job, answer)
-            if exchange.gone:
-                return None
+            items: Items = ()
+            if job.images is not None:
+                items = await self._items(exchange, job.images, answer)
+                if exchange.gone:
+                    return None
             prompts, budgets = await _tokenized(job, items)
             if answer.failure is not None:
                 raise answer.failure
@@ -183,20 +186,21 @@ class Dispatcher:
                 )
             return answer.failure
         finally:
-            await self._close(answer, job)
+            self._close(answer)
+            if job.images is not None:
+                await _let_go(answer, job.images)
 
     def _images(self, served: Served, ask: Ask) -> Images | None:
         """Return the images of a request, if it has any. Raises RequestError when they cannot be taken."""
         if not ask.references:
             return None
-        check_images(ask, _text(served).template, served.vision)
-        return Images(self._encoders, served, ask.references, self._settings.encode_timeout_s)
+        vision = check_images(ask, _text(served).template, served.vision)
+        timeout_s = self._settings.encode_timeout_s
+        return Images(self._encoders, served, ask.references, vision, timeout_s)
 
-    async def _items(self, exchange: Exchange, job: Job, answer: Answer) -> Items:
+    async def _items(self, exchange: Exchange, images: Images, answer: Answer) -> Items:
         """Return what the images of a request became. Ends early when its client leaves."""
-        if job.images is None:
-            return ()
-        encoding = answer.start(job.images.encode(), f"encode-{exchange.request_id}")
+        encoding = answer.start(images.encode(), f"encode-{exchange.request_id}")
         while not (encoding.done() or answer.over):
             await exchange.woken()
             if exchange.gone:
@@ -239,18 +243,13 @@ class Dispatcher:
         self.idle.clear()
         return answer
 
-    async def _close(self, answer: Answer, job: Job) -> None:
+    def _close(self, answer: Answer) -> None:
         if answer.timer is not None:
             answer.timer.cancel()
         answer.abandon("client_left")
         self._answers.discard(answer)
         if not self._answers:
             self.idle.set()
-        if job.images is not None:
-            try:
-                await answer.end_work()
-            finally:
-                job.images.close()
 
     def _submit_choices(
         self,
@@ -321,16 +320,25 @@ def _text(served: Served) -> TextModel:
     return served.text
 
 
+async def _let_go(answer: Answer, images: Images) -> None:
+    try:
+        await answer.end_work()
+    finally:
+        images.close()
+
+
 async def _tokenized(job: Job, items: Items) -> tuple[list[Prompt], list[int]]:
     """Return every prompt, and how many tokens may be generated for each. Raises RequestError."""
     ask, served = job.ask, job.served
+    if not served.chain:  # they left while the images were encoded
+        raise Unavailable(f"model '{served.name}' has no worker left: {served.missing}")
     max_seq_len, max_prompt_len = served.max_seq_len, served.max_prompt_len
     prompts = await tokenize(
         ask,
         job.text,
         vocab_size=served.vocab_size,
         max_seq_len=max_seq_len,
-        vision=served.vision,
+        vision=served.vision if job.images is None else job.images.vision,
         items=items,
     )
     if job.images is not None:

@@ -63,6 +63,10 @@ class Claim:
         """True while the worker keeps the items."""
         return not self._is_done and self.worker.peer is self._peer
 
+    def is_of(self, peer: Peer) -> bool:
+        """True for the worker that was asked."""
+        return self._peer.address == peer.address
+
     def done(self) -> None:
         """Tell the worker that nobody needs them any more."""
         if self._is_done:
@@ -98,7 +102,7 @@ class Encoders:
     def on_answer(self, peer: Peer, message: Encoded | EncodeFailed) -> None:
         """Take what a worker says to an ask; one that we gave up is ignored."""
         ask = self._asks.get(message.ask)
-        if ask is None or ask.claim.worker.record.address != peer.address:
+        if ask is None or not ask.claim.is_of(peer):
             return
         if isinstance(message, EncodeFailed):
             ask.fail(error_for_code(message.code, message.message, param=message.param))

@@ -10,13 +10,13 @@ import msgspec
 from trtllm_workers.errors import Unavailable
 from trtllm_workers.ingress.encoders import Claim, Encoders
 from trtllm_workers.ingress.served import Served
-from trtllm_workers.types import MediaItem, MediaReference
+from trtllm_workers.types import MediaItem, MediaReference, VisionInfo
 
 
 class Images:
     """Call ``encode`` first, ``placed`` once their offsets are known, and ``close`` in any case.
 
-    ``timeout_s`` bounds each encoding.
+    ``vision`` is what the model's workers know of images; ``timeout_s`` bounds each encoding.
     """
 
     def __init__(
@@ -24,8 +24,10 @@ class Images:
         encoders: Encoders,
         served: Served,
         references: Sequence[MediaReference],
+        vision: VisionInfo,
         timeout_s: float,
     ) -> None:
+        self.vision = vision
         self._encoders = encoders
         self._served = served
         self._references = references

@@ -17,12 +17,16 @@ from trtllm_workers.ingress.template import ChatTemplate
 from trtllm_workers.types import MediaItem, VisionInfo
 
 
-def check_images(ask: Ask, template: ChatTemplate | None, vision: VisionInfo | None) -> None:
+def check_images(ask: Ask, template: ChatTemplate | None, vision: VisionInfo | None) -> VisionInfo:
     """Refuse a chat whose images its model cannot take, before anybody looks at them."""
     path = ask.references[0].param
     if vision is None:
         raise NotSupported(f"model '{ask.model}' takes text only", param=path)
-    if template is not None and vision.placeholder not in template.forms.with_image:
+    if template is None:
+        raise NotSupported(
+            f"model '{ask.model}' has no chat template, so it has no place for images", param=path
+        )
+    if vision.placeholder not in template.forms.with_image:
         raise NotSupported(
             f"the chat template of '{ask.model}' has no place for images: it does not write "
             f"'{vision.placeholder}' for an image in a message; the operator can give the model "
@@ -30,6 +34,7 @@ def check_images(ask: Ask, template: ChatTemplate | None, vision: VisionInfo | N
             param=path,
         )
     refuse_written(ask, vision.placeholder)
+    return vision
 
 
 def refuse_written(ask: Ask, placeholder: str) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save, save_file
 from tests.unit.media.support import (
     HIDDEN,
     PARAM,
+    Room,
     Rooms,
     answering,
     load,
@@ -252,7 +253,7 @@ async def test_a_file_that_is_cut_off_while_it_is_read(
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "preadv", cut)
-    rooms = Rooms()
+    rooms = Rooms(piece_bytes=1 << 20)
     async with loader(MediaSettings(allowed_local_path=tmp_path, max_file_bytes=1 << 30)) as made:
         with pytest.raises(MediaRejected, match="changed"):
             await load(made, path, rooms)
@@ -273,7 +274,7 @@ async def test_what_claim_raises_is_passed_on_and_earlier_rooms_go_back(tmp_path
     rooms = Rooms()
     claims = 0
 
-    def claim(num_bytes: int) -> object:
+    def claim(num_bytes: int) -> Room:
         nonlocal claims
         claims += 1
         if claims == 3:
@@ -282,7 +283,7 @@ async def test_what_claim_raises_is_passed_on_and_earlier_rooms_go_back(tmp_path
 
     async with loader(MediaSettings(allowed_local_path=tmp_path)) as made:
         with pytest.raises(Overloaded):
-            await made.load(MediaReference(path, PARAM), claim, rooms.drop)  # type: ignore[arg-type]
+            await made.load(MediaReference(path, PARAM), claim, rooms.drop)
     assert claims == 3
     assert rooms.open == []
 
@@ -299,7 +300,7 @@ async def test_cancelling_leaves_no_room_behind(
         return real(*arguments)
 
     monkeypatch.setattr(os, "preadv", watched)
-    rooms = Rooms()
+    rooms = Rooms(piece_bytes=1 << 20)
     async with loader(MediaSettings(allowed_local_path=tmp_path, max_file_bytes=1 << 30)) as made:
         task = asyncio.create_task(load(made, path, rooms))
         assert await asyncio.to_thread(begun.wait, 20)

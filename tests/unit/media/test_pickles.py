@@ -125,17 +125,19 @@ async def test_code_in_a_pickle_is_not_run(made: MediaLoader, tmp_path: Path) ->
 def stretched(content: bytes) -> bytes:
     """Return a .pt file whose parts are compressed."""
     source, target = io.BytesIO(content), io.BytesIO()
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(source) as old,
+        zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     return target.getvalue()
 
 
 async def test_bombs_do_not_unpack(made: MediaLoader, tmp_path: Path) -> None:
-    bomb = stretched(saved(torch.zeros(1 << 26, HIDDEN)))  # 2 GiB of zeros
+    bomb = stretched(saved(torch.zeros(10 << 20, HIDDEN)))  # 320 MiB of zeros
     assert len(bomb) < LIMIT
-    text = await refused(made, tmp_path, bomb)
-    assert "unpacks to more" in text or "damaged" in text
+    assert "unpacks to more" in await refused(made, tmp_path, bomb)
     # The rows of this one are all the same memory.
     assert "unpacks to more" in await refused(
         made, tmp_path, saved(torch.zeros(1).expand(1 << 40, HIDDEN))
@@ -154,7 +156,6 @@ async def test_what_is_no_tensor_is_refused(made: MediaLoader, tmp_path: Path) -
         *(None, 1, "x", [], [rows], (rows,), {}, {1: rows}, {"x": 1}, {"x": {"y": rows}}),
         rows.to_sparse(),
         rows.to(torch.complex64),
-        torch.quantize_per_tensor(rows, 0.1, 0, torch.quint8),
         torch.zeros(2, HIDDEN, device="meta"),
         {"mm_embeddings": rows, "special_tokens": [1, 2]},
         {str(index): rows for index in range(65)},

@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -41,14 +41,37 @@ def exists(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+@contextmanager
+def pidfd(pid: int) -> Iterator[int]:
+    fd = os.pidfd_open(pid)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+async def ended(process: int) -> None:
+    """Return when the process of this descriptor has ended."""
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(process, over.set)
+    try:
+        await asyncio.wait_for(over.wait(), 10)
+    finally:
+        loop.remove_reader(process)
+
+
 async def look(sandbox: Sandbox, content: bytes, timeout_s: float = TIMEOUT_S) -> Looked | Refused:
     with in_memory() as source:
         source.write(content)
         return await sandbox.run(LOOK, [source.fd], Looked, timeout_s)
 
 
+def read(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text()
+
+
 def facts(pid: int, name: str) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/{name}").read_text().splitlines()
+    lines = read(pid, name).splitlines()
     if name == "limits":
         return {line[:26].strip(): line[26:47].strip() for line in lines}
     return {line.split(":")[0]: line.split(":", 1)[1].strip() for line in lines}
@@ -68,19 +91,20 @@ async def test_a_child_is_kept_warm_and_bounded() -> None:
         assert int(limits["Max cpu time"]) < 20
         assert facts(pid, "status")["NoNewPrivs"] == "1"
         assert os.getpriority(os.PRIO_PROCESS, pid) == 10
-        assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
+        assert read(pid, "oom_score_adj") == "1000\n"
 
 
 async def test_a_child_knows_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("HF_TOKEN", "secret")
-    with open(__file__, encoding="utf-8") as ours:
-        os.set_inheritable(ours.fileno(), True)
+    with in_memory() as ours:
+        os.set_inheritable(ours.fd, True)
         async with running() as sandbox:
             await look(sandbox, png())
             [pid] = sandbox.pids
-            assert b"secret" not in Path(f"/proc/{pid}/environ").read_bytes()
-            links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+            assert "PATH=" in read(pid, "environ")
+            assert "secret" not in read(pid, "environ")
+            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
     assert sorted(link.split(":")[0] for link in links) == ["/dev/null"] * 3 + ["socket"]
 
 
@@ -130,8 +154,9 @@ async def test_a_child_that_died_while_idle_is_nobodys_fault() -> None:
     async with running() as sandbox:
         await look(sandbox, png())
         [pid] = sandbox.pids
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        with pidfd(pid) as process:
+            os.kill(pid, signal.SIGKILL)
+            await ended(process)
         assert isinstance(await look(sandbox, png()), Looked)
 
 
@@ -251,15 +276,9 @@ async def test_children_die_with_their_parent() -> None:
         async with asyncio.timeout(30):
             while not line.strip().isdigit():
                 line = await parent.stderr.readline()
-        pid = os.pidfd_open(int(line))
-        try:
+        with pidfd(int(line)) as process:
             parent.kill()
-            ended = asyncio.Event()
-            asyncio.get_running_loop().add_reader(pid, ended.set)
-            await asyncio.wait_for(ended.wait(), 10)
-            asyncio.get_running_loop().remove_reader(pid)
-        finally:
-            os.close(pid)
+            await ended(process)
     finally:
         if parent.returncode is None:
             parent.kill()

@@ -89,7 +89,8 @@ async def test_a_child_is_kept_warm_and_bounded() -> None:
         assert limits["Max file size"] == limits["Max core file size"] == "0"
         assert int(limits["Max open files"]) == 64
         assert int(limits["Max cpu time"]) < 20
-        assert facts(pid, "status")["NoNewPrivs"] == "1"
+        status = facts(pid, "status")
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
         assert os.getpriority(os.PRIO_PROCESS, pid) == 10
         assert read(pid, "oom_score_adj") == "1000\n"
 

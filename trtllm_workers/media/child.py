@@ -1,8 +1,9 @@
 """``python -m trtllm_workers.media.child KIND FD PARENT_PID``: opens what strangers sent, within limits.
 
 A decoder's bug, or a file that is a bomb, takes this process and nothing else with it. It has no
-environment to speak of, no open file but its socket and a job's, a bounded memory and bounded processor
-time, a low priority, and dies with the worker that started it.
+environment to speak of, no open file but its socket and a job's, no network and no way to start or touch
+other processes, a bounded memory and bounded processor time, a low priority, and dies with the worker
+that started it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from trtllm_workers.media.jobs import (
     Unusable,
     Why,
 )
+from trtllm_workers.media.seccomp import give_up
 
 Handler = Callable[[Job, list[int]], Reply]
 
 _PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
 _NICE = 10
 _MOST_FILES = 64
 _MOST_FDS = 4
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> None:
         channel.send(msgspec.msgpack.encode(Unusable(repr(error)[:_LONGEST_DETAILS])))
         return
     _limit(extra_bytes)
+    give_up()
     channel.send(msgspec.msgpack.encode(Ready()))
     jobs = msgspec.msgpack.Decoder(Job)
     while True:
@@ -88,7 +90,6 @@ def _handler(kind: Kind) -> Handler:
 def _die_with(parent: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.getppid() != parent:  # it died before we asked
         raise SystemExit(0)
 

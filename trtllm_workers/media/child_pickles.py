@@ -25,6 +25,7 @@ _DTYPES = {
     torch.float64: "F64",
 }
 _LENGTH_BYTES = 8
+_LONGEST_DETAILS = 300
 
 torch.set_num_threads(1)
 
@@ -36,7 +37,12 @@ def handle(job: Job, fds: list[int]) -> Reply:
     source, target = fds
     with os.fdopen(os.dup(source), "rb") as file:
         file.seek(0)
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        except RuntimeError as error:
+            if "allocate memory" in str(error):  # torch has no type for it
+                return Refused(Why.MEMORY, str(error)[:_LONGEST_DETAILS])
+            raise
     tensors = {UNNAMED: found} if isinstance(found, torch.Tensor) else found
     if not isinstance(tensors, dict) or not 0 < len(tensors) <= _MOST_TENSORS:
         return Refused(Why.TENSORS)

@@ -1,7 +1,7 @@
 """From a .safetensors file to rows of embeddings in claimed memory: shape, dtype and values checked.
 
-Rows go from the file straight into their place, chunk by chunk: each is read, hashed and looked through
-while it is in the processor's cache. Chunks know nothing of each other, so threads share them.
+Rows go from the file straight into their place, chunk by chunk: each is read, looked through and hashed
+while it is in the processor's caches. Chunks know nothing of each other, so threads share them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from trtllm_workers.types import VisionInfo
 
 Grid = tuple[int, int, int]
 
-# Digests are over chunks of this size, so it is the same everywhere.
-CHUNK_BYTES = 1 << 20
+# Digests are over chunks of this size, so it is the same everywhere. Each chunk takes a few calls without
+# the interpreter, and after each a thread waits for it again: where an engine's thread keeps it busy,
+# many small chunks would wait longer than they work.
+CHUNK_BYTES = 4 << 20
 
 _LARGEST_SIDE = 1 << 20
 _MOST_PIECES = 512  # the system takes no more than 1024 at once

@@ -81,8 +81,6 @@ def decoded(text: str, param: str, max_bytes: int) -> bytes:
             f"{param}: this data: URL holds more than the {max_bytes} bytes that are taken",
             param=param,
         )
-    if "%" in text:
-        text = unquote(text, errors="strict")
     pieces: list[bytes] = []
     try:
         if len(text) % 4:

@@ -151,7 +151,7 @@ class Sandbox:
         except TimeoutError as error:
             raise TimedOut(f"no answer within {timeout_s:g} s") from error
         except OSError as error:
-            raise ChildFailed(f"the connection broke: {error}") from error
+            raise ChildFailed(f"it ended in the middle of its job: {error}") from error
         if not message:
             raise ChildFailed("it ended in the middle of its job")
         try:

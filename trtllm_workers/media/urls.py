@@ -75,7 +75,7 @@ class Fetcher:
             async with asyncio.timeout(self._settings.timeout_s):
                 return await self._follow(url, param, sink)
         except TimeoutError as error:
-            log.info("a URL took too long", param=param, url=url)
+            log.info("a URL took too long", param=param)
             raise MediaRejected(
                 f"{param}: this URL was not fetched within {self._settings.timeout_s:g} s",
                 param=param,
@@ -103,7 +103,7 @@ class Fetcher:
                 httpcore.ProtocolError,
                 httpcore.TimeoutException,
             ) as error:
-                log.info("a URL was not fetched", param=param, url=url, error=repr(error))
+                log.info("a URL was not fetched", param=param, host=target.host, error=repr(error))
                 raise MediaRejected(
                     f"{param}: this URL could not be fetched: no answer, or a broken one",
                     param=param,

@@ -52,11 +52,9 @@ class Rooms:
 
     open: list[Room] = field(default_factory=list)
     piece_bytes: int = 40
-    refuse_after: int = 1000
+    dropped: asyncio.Event = field(default_factory=asyncio.Event)
 
     def claim(self, num_bytes: int) -> Room:
-        if len(self.open) >= self.refuse_after:
-            raise RuntimeError("full")
         room = Room(
             [
                 memoryview(bytearray(min(self.piece_bytes, num_bytes - at)))
@@ -68,6 +66,7 @@ class Rooms:
 
     def drop(self, room: Room) -> None:
         self.open.remove(room)
+        self.dropped.set()
 
 
 @asynccontextmanager

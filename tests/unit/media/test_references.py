@@ -109,11 +109,6 @@ def test_base64_is_whole_at_the_seams_of_its_pieces(length: int) -> None:
     assert decoded(base64.b64encode(content).decode(), PARAM, 1 << 24) == content
 
 
-def test_a_data_url_may_be_percent_encoded() -> None:
-    text = base64.b64encode(b"\xff\xfe?>").decode()
-    assert decoded(text.replace("=", "%3D").replace("+", "%2B"), PARAM, 100) == b"\xff\xfe?>"
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -127,6 +122,7 @@ def test_a_data_url_may_be_percent_encoded() -> None:
         "AA==AAAA",
         "-_-_",
         "%zz",
+        "AA%3D%3D",
         "A" * 1_048_574 + "==AAAA",
     ],
 )

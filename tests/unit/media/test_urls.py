@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from tests.unit.media.support import (
 from trtllm_workers.config.media import MediaSettings
 from trtllm_workers.errors import MediaRejected
 from trtllm_workers.media import urls
+from trtllm_workers.media.addresses import may_connect
 from trtllm_workers.media.urls import Fetcher, Resolve
 
 LOCAL = MediaSettings(url_hosts=("127.0.0.1", "localhost"), timeout_s=5.0, max_file_bytes=10_000)
@@ -179,12 +180,12 @@ async def test_the_address_that_was_checked_is_the_one_connected_to(
 
     checked: list[str] = []
 
-    def may_connect(address: str, *, listed: bool) -> bool:
+    def allowed(address: str, *, listed: bool) -> bool:
         assert not listed
         checked.append(address)
         return address == "127.0.0.1"  # stands for a public one
 
-    monkeypatch.setattr(urls, "may_connect", may_connect)
+    monkeypatch.setattr(urls, "may_connect", allowed)
 
     async def answer(_head: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(
@@ -226,7 +227,7 @@ async def test_every_redirect_is_checked(to: str) -> None:
 async def test_a_public_host_cannot_redirect_to_this_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = urls.may_connect
+    real = may_connect
     resolver = names(**{"public.example": "127.0.0.2", "localhost": "127.0.0.1"})
     monkeypatch.setattr(
         urls, "may_connect", lambda ip, listed: ip == "127.0.0.2" or real(ip, listed=listed)
@@ -245,7 +246,7 @@ async def test_a_public_host_cannot_redirect_to_this_machine(
 
 def _one(
     answer: Answer,
-) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], object]:
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await answer(await reader.readuntil(b"\r\n\r\n"), writer)
         writer.close()
@@ -368,9 +369,10 @@ async def test_certificates_are_checked_against_the_name(tmp_path: Path) -> None
     signer = authority(tmp_path / "authority")
     files = signer.signs("server", "DNS:images.example")
     theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    assert files.cert is not None
     theirs.load_cert_chain(files.cert, files.key)
     asked: list[str | None] = []
-    theirs.sni_callback = lambda _socket, name, _context: asked.append(name)  # type: ignore[assignment]
+    theirs.sni_callback = lambda _socket, name, _context: asked.append(name)
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

@@ -14,10 +14,14 @@ from safetensors.torch import load_file, save_file
 from tests.unit.torch_engine.driver import Driver, prompt_of
 from tests.unit.torch_engine.images import FAMILIES, encode, image_of, place
 from tests.unit.torch_engine.test_torch_loading import change_config, load_with
+from trtllm_workers.config.keys import default_config
+from trtllm_workers.config.media import MediaSettings
 from trtllm_workers.demo.vision import write_vision_model
 from trtllm_workers.engines.torch.checkpoint import Checkpoint
-from trtllm_workers.engines.torch.loading import Loaded
+from trtllm_workers.engines.torch.loading import Loaded, _plan, load, load_eyes
 from trtllm_workers.engines.torch.model_config import read_model_config
+from trtllm_workers.engines.torch.ranks import Ranks
+from trtllm_workers.engines.torch.settings import KEYS
 from trtllm_workers.errors import ConfigError
 
 
@@ -102,10 +106,6 @@ def test_bfloat16_towers_give_bfloat16_rows(family: str, tmp_path: Path) -> None
 def test_only_the_tower_is_read_for_encoding_and_only_the_rest_without(
     family: str, vision_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trtllm_workers.config.keys import default_config
-    from trtllm_workers.config.media import MediaSettings
-    from trtllm_workers.engines.torch.loading import load, load_eyes
-    from trtllm_workers.engines.torch.settings import KEYS
 
     taken: list[str] = []
     take = Checkpoint.take
@@ -191,18 +191,13 @@ def test_a_processor_that_does_not_fit_the_tower_is_refused(tmp_path: Path) -> N
 
 
 def test_one_rank_serves_a_model_of_images(tmp_path: Path) -> None:
-    from tests.unit.torch_engine.test_torch_vision_loading import load_with as load_here
-    from trtllm_workers.config.keys import default_config
-    from trtllm_workers.engines.torch.loading import _plan
-    from trtllm_workers.engines.torch.ranks import Ranks
-    from trtllm_workers.engines.torch.settings import KEYS
 
     class Two:
         size = 2
         rank = 0
 
     folder = write_vision_model(tmp_path / "model", "llava")
-    assert load_here(folder).info.tensor_parallel_size == 1
+    assert load_with(folder).info.tensor_parallel_size == 1
     config = default_config("torch", KEYS, tensor_parallel_size=2)
     two: Any = Two()
     ranks: Ranks = two

@@ -70,7 +70,7 @@ def test_embeddings_of_a_file_are_as_good_as_the_image(
     assert vision is not None
     assert vision.encoder is not None
     rows, grid = features(ours.folder, TALL)
-    checked = vision.encoder.check_grid(len(rows), None if grid is None else (*grid,))
+    checked = vision.encoder.check_grid(len(rows), grid)
     item = put_rows(vision.store, rows, checked)
     text = prompt_of(1, 20)
     assert ours.ask(text, item, text) == ours.theirs(text, TALL, text)

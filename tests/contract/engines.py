@@ -85,6 +85,23 @@ def _write_tiny_llama(path: Path, eos: list[int]) -> None:
     make_tiny_checkpoint(path, vocab_size=VOCAB_SIZE, eos_token_id=eos)
 
 
+def _write_tiny_qwen2_vl(path: Path, eos: list[int]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from trtllm_workers.demo.vision import write_vision_model  # imports torch and transformers
+
+    write_vision_model(path, "qwen2_vl")
+    # The suite's vocabulary, with a placeholder that none of its prompts holds.
+    weights = load_file(path / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:VOCAB_SIZE].clone()
+    save_file(weights, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config |= {"vocab_size": VOCAB_SIZE, "image_token_id": 0}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+
+
 def _break_plan_of(engine: str) -> Kill:
     def broken(_self: object) -> None:
         raise RuntimeError("a step failed")
@@ -126,6 +143,8 @@ KINDS = (
     _sim("sim_paced", _PACED),
     _sim("sim_small_pool", _FREE, kv_cache_config__max_tokens=SMALL_POOL),
     EngineKind("torch", "torch", _write_tiny_llama, _break_plan_of("torch")),
+    # What a model of images does with text alone.
+    EngineKind("torch_vision", "torch", _write_tiny_qwen2_vl, _break_plan_of("torch")),
     # The adapter, on the stand-in that conftest.py puts in TensorRT-LLM's place.
     EngineKind(
         "trtllm",

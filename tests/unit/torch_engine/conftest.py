@@ -11,6 +11,7 @@ import torch
 
 from tests.fakes.tiny_models import make_tiny_checkpoint
 from tests.unit.torch_engine.driver import Driver
+from tests.unit.torch_engine.seer import Seer
 from trtllm_workers.config.keys import default_config
 from trtllm_workers.engines.torch.loading import Loaded, load
 from trtllm_workers.engines.torch.settings import KEYS
@@ -94,6 +95,22 @@ def driver(loaded: Callable[..., Loaded]) -> Callable[..., Driver]:
         name: str = "llama", *, reuse: bool = True, chunked: bool = True, **settings: Any
     ) -> Driver:
         return Driver(loaded(name, **settings), reuse=reuse, chunked=chunked)
+
+    return make
+
+
+@pytest.fixture
+def seer(vision_model: Callable[[str], Path]) -> Callable[..., Seer]:
+    def make(family: str, *, reuse: bool = True, chunked: bool = True, **settings: Any) -> Seer:
+        chosen = {
+            "max_batch_size": 32,
+            "kv_cache_config__tokens_per_block": 16,
+            "kv_cache_config__max_tokens": 4096,
+            **settings,
+        }
+        folder = vision_model(family)
+        loaded = load(folder, default_config("torch", KEYS, **chosen), lambda _share: None)
+        return Seer(Driver(loaded, reuse=reuse, chunked=chunked), folder)
 
     return make
 

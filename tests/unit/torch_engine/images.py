@@ -31,7 +31,7 @@ def encode(encoder: ImageEncoder, store: MediaStore, image: Image) -> MediaItem:
     height, width = image.shape[:2]
     plan = encoder.plan(height, width)
     claim = store.claim(plan.num_bytes)
-    encoder.encode(memoryview(image).cast("B"), height, width, claim.runs)
+    encoder.encode(memoryview(image.tobytes()), height, width, claim.runs)
     digest = blake2b(encoder.fingerprint + bytes(image.shape) + image.tobytes(), digest_size=16)
     item = MediaItem(digest.digest(), 0, plan.num_tokens, grid=plan.grid, num_bytes=plan.num_bytes)
     return store.commit(claim, item).item
@@ -74,9 +74,11 @@ def reference(folder: Path) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    kind: Any = transformers.AutoModelForImageTextToText
+    model = kind.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None
-    return model.eval()
+    model.eval()
+    return model
 
 
 def pixels_of(folder: Path, images: Sequence[Image]) -> dict[str, torch.Tensor]:
@@ -130,10 +132,12 @@ def generate_without_cache(
     return tokens[len(prompt) :]
 
 
-def features(folder: Path, image: Image) -> tuple[torch.Tensor, list[int] | None]:
+def features(folder: Path, image: Image) -> tuple[torch.Tensor, tuple[int, int, int] | None]:
     """Return transformers' embeddings of an image and its grid, before merging."""
     made = pixels_of(folder, [image])
     with torch.inference_mode():
         found = reference(folder).get_image_features(**made).pooler_output
-    grid = made["image_grid_thw"][0].tolist() if "image_grid_thw" in made else None
-    return torch.cat(list(found)), grid
+    if "image_grid_thw" not in made:
+        return torch.cat(list(found)), None
+    time, height, width = made["image_grid_thw"][0].tolist()
+    return torch.cat(list(found)), (time, height, width)

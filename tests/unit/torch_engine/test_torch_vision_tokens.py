@@ -3,83 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 
-from tests.unit.torch_engine.driver import Driver, prompt_of
+from tests.unit.torch_engine.driver import prompt_of
 from tests.unit.torch_engine.images import (
     FAMILIES,
-    Image,
-    encode,
     features,
-    generate,
     generate_without_cache,
     image_of,
-    place,
     put_rows,
 )
-from trtllm_workers.config.keys import default_config
-from trtllm_workers.engines.torch.loading import load
-from trtllm_workers.engines.torch.settings import KEYS
-from trtllm_workers.types import MediaItem
-
-NUM_TOKENS = 24
-
-
-@dataclass
-class Seer:
-    """A core that takes images, and the folder it was loaded from."""
-
-    driver: Driver
-    folder: Path
-
-    @property
-    def token(self) -> int:
-        vision = self.driver.core.loaded.info.vision
-        assert vision is not None
-        return vision.image_token_id
-
-    def see(self, image: Image) -> MediaItem:
-        vision = self.driver.core.loaded.vision
-        assert vision is not None
-        assert vision.encoder is not None
-        return encode(vision.encoder, vision.store, image)
-
-    def place(self, *parts: Any) -> tuple[list[int], list[MediaItem]]:
-        """Return a prompt of tokens, images and items."""
-        seen = [self.see(part) if isinstance(part, np.ndarray) else part for part in parts]
-        return place(seen, self.token)
-
-    def ask(self, *parts: Any, max_tokens: int = NUM_TOKENS) -> list[int]:
-        prompt, media = self.place(*parts)
-        return self.driver.ask(prompt, max_tokens, media=media)
-
-    def theirs(self, *parts: Any, max_tokens: int = NUM_TOKENS) -> list[int]:
-        prompt, _media = self.place(*parts)
-        images = [part for part in parts if isinstance(part, np.ndarray)]
-        return generate(self.folder, prompt, images, max_tokens, self.token)
-
-
-@pytest.fixture
-def seer(vision_model: Callable[[str], Path]) -> Callable[..., Seer]:
-    def make(family: str, *, reuse: bool = True, chunked: bool = True, **settings: Any) -> Seer:
-        chosen = {
-            "max_batch_size": 32,
-            "kv_cache_config__tokens_per_block": 16,
-            "kv_cache_config__max_tokens": 4096,
-            **settings,
-        }
-        folder = vision_model(family)
-        loaded = load(folder, default_config("torch", KEYS, **chosen), lambda _share: None)
-        return Seer(Driver(loaded, reuse=reuse, chunked=chunked), folder)
-
-    return make
-
+from tests.unit.torch_engine.seer import NUM_TOKENS, Seer
 
 TALL, WIDE = image_of(1, 90, 40), image_of(2, 30, 100)
 PROMPTS: dict[str, tuple[Any, ...]] = {
@@ -133,7 +70,7 @@ def test_embeddings_of_a_file_are_as_good_as_the_image(
     assert vision is not None
     assert vision.encoder is not None
     rows, grid = features(ours.folder, TALL)
-    checked = vision.encoder.check_grid(len(rows), None if grid is None else (*grid,))
+    checked = vision.encoder.check_grid(len(rows), grid)
     item = put_rows(vision.store, rows, checked)
     text = prompt_of(1, 20)
     assert ours.ask(text, item, text) == ours.theirs(text, TALL, text)

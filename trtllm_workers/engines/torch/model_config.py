@@ -95,13 +95,14 @@ def read_model_config(folder: Path) -> ModelConfig:
     if eyes is None:
         family = _family(path, raw)
     else:
+        model_type = raw.get("model_type")
+        raw, family = text_part(path, raw, eyes)
         vision = read_vision(folder)
         if vision is None or vision.family != eyes:
             raise _error(
                 f"{path}: 'architectures' names a model of family {eyes}, but 'model_type' is "
-                f"{raw.get('model_type')!r}"
+                f"{model_type!r}"
             )
-        raw, family = text_part(path, raw, eyes)
     if quantized or raw.get("quantization_config"):
         raise _error(f"{path}: quantized checkpoints (quantization_config) are not supported")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):

@@ -76,7 +76,7 @@ def make_wide_model(folder: Path, width: int, max_positions: int) -> Path:
     torch.manual_seed(1)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape) * (0.5 / shape[-1] ** 0.5)
+        return torch.randn(shape).mul_(0.5 * float(shape[-1]) ** -0.5)
 
     small = load_file(folder / "model.safetensors")
     vocab = small["lm_head.weight"].shape[0]

@@ -17,9 +17,7 @@ from trtllm_workers.observe.metrics import (
 from trtllm_workers.observe.metrics_table import TABLE, Spec
 from trtllm_workers.types import EngineStats
 
-UNITS = (
-    "total|seconds|bytes|tokens|blocks|images|items|requests|workers|pairs|ratio|gigabytes_per_second"
-)
+UNITS = "total|seconds|bytes|tokens|blocks|images|items|requests|workers|pairs|ratio|gigabytes_per_second"
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -245,7 +245,7 @@ async def test_large_files_over_many_chunks_and_runs(tmp_path: Path) -> None:
 async def test_a_file_that_is_cut_off_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = written(tmp_path / "x.safetensors", save({"x": torch.zeros(CHUNK_BYTES // 4, HIDDEN)}))
+    path = written(tmp_path / "x.safetensors", save({"x": torch.zeros(CHUNK_BYTES, HIDDEN)}))
     real = os.preadv
 
     def cut(*arguments: object) -> int:
@@ -291,7 +291,7 @@ async def test_what_claim_raises_is_passed_on_and_earlier_rooms_go_back(tmp_path
 async def test_cancelling_leaves_no_room_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = written(tmp_path / "x.safetensors", save({"x": torch.zeros(CHUNK_BYTES // 4, HIDDEN)}))
+    path = written(tmp_path / "x.safetensors", save({"x": torch.zeros(CHUNK_BYTES, HIDDEN)}))
     begun = threading.Event()
     real: Callable[..., int] = os.preadv
 

@@ -122,6 +122,17 @@ async def test_code_in_a_pickle_is_not_run(made: MediaLoader, tmp_path: Path) ->
     assert mark.exists()  # it would have been
 
 
+class Calculated:
+    def __reduce__(self) -> Any:
+        return eval, (f"__import__('torch').ones(2, {HIDDEN})",)
+
+
+async def test_nor_is_code_that_makes_good_tensors(made: MediaLoader, tmp_path: Path) -> None:
+    # The child is also kept from starting programs; this would need none.
+    for value in (Calculated(), {"mm_embeddings": Calculated()}):
+        assert "other things than tensors" in await refused(made, tmp_path, saved(value))
+
+
 def stretched(content: bytes) -> bytes:
     """Return a .pt file whose parts are compressed."""
     source, target = io.BytesIO(content), io.BytesIO()

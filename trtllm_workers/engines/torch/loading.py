@@ -150,7 +150,6 @@ def load_eyes(
     config: EngineConfig,
     on_progress: Callable[[float], None],
     media: MediaSettings,
-    num_threads: int | None = None,
 ) -> Eyes:
     """Load a model's vision tower alone. Raises ConfigError for what the operator can mend."""
     plan = _plan(folder, config, ALONE)
@@ -161,7 +160,6 @@ def load_eyes(
             "model of images and text",
             param="model_path",
         )
-    torch.set_num_threads(num_threads or _ALL_THREADS)
     vision = _load_vision(folder, plan, media, True, on_progress)
     assert vision is not None  # as there is a model of it
     info = EngineInfo(
@@ -257,7 +255,6 @@ def _load_vision(
             model_id=plan.model_id,
             device=plan.device,
             dtype=plan.dtype,
-            num_threads=torch.get_num_threads(),
             on_progress=on_progress,
         )
     return make_vision(model, plan.dtype, media.cache_bytes, encoder)

@@ -15,7 +15,7 @@ from trtllm_workers.engines.base import (
     ImageEncoder,
 )
 from trtllm_workers.engines.event_log import KvEventLog
-from trtllm_workers.engines.torch.loading import Eyes, load_eyes
+from trtllm_workers.engines.torch.eyes import Eyes, load_eyes
 from trtllm_workers.errors import (
     EngineDead,
     EngineError,

@@ -26,7 +26,7 @@ _namespaces = itertools.count()
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Model folders by name of the engine's kind, made when first asked for."""
+    """Model folders by ``EngineKind.model``, made when first asked for."""
     return {"": tmp_path_factory.mktemp("checkpoints")}
 
 
@@ -42,10 +42,10 @@ async def harness(
     engine_kind: EngineKind, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Harness]:
     """A harness whose engines are closed after the test."""
-    folder = checkpoints[""] / engine_kind.name / "model"
-    if engine_kind.name not in checkpoints:
+    folder = checkpoints[""] / engine_kind.model / "model"
+    if engine_kind.model not in checkpoints:
         engine_kind.write_checkpoint(folder, _EOS)
-        checkpoints[engine_kind.name] = folder
+        checkpoints[engine_kind.model] = folder
     made = Harness(engine_kind, folder)
     with tensorrt_llm_stand_in() if engine_kind.engine == "trtllm" else nullcontext():
         monkeypatch.setenv("FAKE_TRTLLM_NUM_GPUS", "1")

@@ -54,6 +54,11 @@ class EngineKind:
     cost: Mapping[str, Any] | None = None
     often_eos: Mapping[str, Any] | None = None
 
+    @property
+    def model(self) -> str:
+        """What its variants have in common: the engine and the model."""
+        return f"{self.engine}{self.write_checkpoint.__name__}"
+
     def build(self, model_path: Path, *, often_eos: bool = False, **overrides: Any) -> Engine:
         """Return an engine, not started. ``overrides`` are engine-config keys, ``__`` for the dot."""
         settings = {**SETTINGS, **self.settings, **overrides}

@@ -46,7 +46,7 @@ async def expected(
     known_answers: dict[tuple[str, bool], list[list[int]]],
 ) -> list[list[int]]:
     """Answers of an engine that reuses nothing, computes each prompt at once and has one request."""
-    key = (harness.kind.engine, bool(sampling))
+    key = (harness.kind.model, bool(sampling))
     if key not in known_answers:
         engine = await harness.start(
             kv_cache_config__enable_block_reuse=False, kv_cache_config__max_tokens=4096

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from tests.unit.torch_engine.driver import prompt_of, request_of
 from tests.unit.torch_engine.images import FAMILIES, encode, image_of, place
@@ -284,6 +285,34 @@ async def test_an_engine_that_only_encodes_makes_the_same_items(
     assert kinds == [KvEventKind.CLEARED]
     with pytest.raises(EngineDead):
         eyes.submit(request_of(prompt_of(0, 4)), Told())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_rows_do_not_depend_on_the_threads_of_whoever_encodes(
+    family: str, vision_model: Folder
+) -> None:
+    engine = build(vision_model(family), generates=False)
+    await engine.start()
+    try:
+        encoder = engine.encoder
+        assert encoder is not None
+        image = image_of(1, 60, 60)
+        num_bytes = encoder.plan(60, 60).num_bytes
+        made: list[bytes] = []
+
+        def run(num_threads: int) -> None:
+            torch.set_num_threads(num_threads)
+            into = bytearray(num_bytes)
+            encoder.encode(memoryview(image.tobytes()), 60, 60, [memoryview(into)])
+            made.append(bytes(into))
+
+        torch.set_num_threads(2)
+        for num_threads in (1, 2, 3):
+            await asyncio.to_thread(run, num_threads)
+        assert len(set(made)) == 1
+        assert torch.get_num_threads() == 2  # here, where an engine may compute
+    finally:
+        await engine.close()
 
 
 async def test_there_is_nothing_to_encode_for_a_model_of_text(

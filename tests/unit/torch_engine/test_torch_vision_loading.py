@@ -18,7 +18,8 @@ from trtllm_workers.config.keys import default_config
 from trtllm_workers.config.media import MediaSettings
 from trtllm_workers.demo.vision import write_vision_model
 from trtllm_workers.engines.torch.checkpoint import Checkpoint
-from trtllm_workers.engines.torch.loading import Loaded, _plan, load, load_eyes
+from trtllm_workers.engines.torch.eyes import load_eyes
+from trtllm_workers.engines.torch.loading import Loaded, load, make_plan
 from trtllm_workers.engines.torch.model_config import read_model_config
 from trtllm_workers.engines.torch.ranks import Ranks
 from trtllm_workers.engines.torch.settings import KEYS
@@ -202,7 +203,7 @@ def test_one_rank_serves_a_model_of_images(tmp_path: Path) -> None:
     two: Any = Two()
     ranks: Ranks = two
     with pytest.raises(ConfigError, match="runs on one rank"):
-        _plan(folder, config, ranks)
+        make_plan(folder, config, ranks)
 
 
 def test_text_parts_may_leave_out_what_is_usual(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from trtllm_workers.engines.base import (
     ImageEncoder,
 )
 from trtllm_workers.engines.event_log import KvEventLog
-from trtllm_workers.engines.torch.loading import Eyes, load_eyes
-from trtllm_workers.engines.torch.settings import num_threads_of
+from trtllm_workers.engines.torch.eyes import Eyes, load_eyes
 from trtllm_workers.errors import (
     EngineDead,
     EngineError,
@@ -75,7 +74,6 @@ class EncodingEngine:
                 options.config,
                 self._progress,
                 options.media,
-                num_threads_of(options.extra),
             )
         except LaunchError:
             raise

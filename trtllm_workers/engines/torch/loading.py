@@ -86,12 +86,12 @@ def load(
     Raises ConfigError, on every rank, for what the operator can mend. Sets torch's thread count, for
     the process, to ``num_threads`` or what suits the model.
     """
-    plan = ranks.together(lambda: _plan(folder, config, ranks))
+    plan = ranks.together(lambda: make_plan(folder, config, ranks))
     _check_alike(plan, config, ranks)
     torch.set_num_threads(num_threads or (1 if plan.is_small else _ALL_THREADS))
     progress = _Progress(on_progress)
     model, deterministic = _load_model(folder, plan, config, progress, ranks)
-    vision = _load_vision(folder, plan, media or MediaSettings(), encodes, progress)
+    vision = load_vision(folder, plan, media or MediaSettings(), encodes, progress)
     memory = make_memory(
         config, plan.model_config, plan.dtype, plan.device, plan.max_seq_len, ranks
     )
@@ -137,53 +137,6 @@ def load(
     return loaded
 
 
-@dataclass(frozen=True, slots=True)
-class Eyes:
-    """What an engine that only encodes has. ``block_size`` is what its language model would have."""
-
-    vision: Vision
-    info: EngineInfo
-
-
-def load_eyes(
-    folder: Path,
-    config: EngineConfig,
-    on_progress: Callable[[float], None],
-    media: MediaSettings,
-    num_threads: int | None = None,
-) -> Eyes:
-    """Load a model's vision tower alone. Raises ConfigError for what the operator can mend."""
-    plan = _plan(folder, config, ALONE)
-    model = plan.model_config.vision
-    if model is None:
-        raise ConfigError(
-            f"{folder}: this model takes text only, so there is nothing to encode; give role encode a "
-            "model of images and text",
-            param="model_path",
-        )
-    torch.set_num_threads(num_threads or _ALL_THREADS)
-    vision = _load_vision(folder, plan, media, True, on_progress)
-    assert vision is not None  # as there is a model of it
-    info = EngineInfo(
-        engine="torch",
-        model_path=str(folder),
-        model_id=plan.model_id,
-        block_size=config["kv_cache_config.tokens_per_block"],
-        num_blocks=0,
-        max_seq_len=plan.max_seq_len,
-        max_batch_size=0,
-        max_num_tokens=0,
-        vocab_size=plan.model_config.vocab_size,
-        eos_token_ids=plan.model_config.eos_token_ids,
-        device=str(plan.device),
-        dtype=vision.info.dtype,
-        tensor_parallel_size=1,
-        vision=vision.info,
-    )
-    log.info("vision tower loaded", model=info.model_id, device=info.device, dtype=info.dtype)
-    return Eyes(vision, info)
-
-
 class _Progress:
     """Shares of one checkpoint that is read in several goes: each begins where the last one ended."""
 
@@ -202,7 +155,7 @@ class _Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """What a rank wants to load, before it reads a weight."""
 
     model_config: ModelConfig
@@ -214,7 +167,8 @@ class _Plan:
     is_small: bool
 
 
-def _plan(folder: Path, config: EngineConfig, ranks: Ranks) -> _Plan:
+def make_plan(folder: Path, config: EngineConfig, ranks: Ranks) -> Plan:
+    """Read the folder's config files. Raises ConfigError for a model that cannot be served so."""
     model_config = read_model_config(folder)
     if model_config.vision is not None and ranks.size > 1:
         raise ConfigError(
@@ -226,7 +180,7 @@ def _plan(folder: Path, config: EngineConfig, ranks: Ranks) -> _Plan:
     weights_bytes = sum(path.stat().st_size for path in weight_files(folder)) // ranks.size
     device = _device(ranks)
     dtype = _dtype(config, model_config, device)
-    return _Plan(
+    return Plan(
         model_config=model_config,
         model_id=model_id_of(folder),
         device=device,
@@ -237,13 +191,14 @@ def _plan(folder: Path, config: EngineConfig, ranks: Ranks) -> _Plan:
     )
 
 
-def _load_vision(
+def load_vision(
     folder: Path,
-    plan: _Plan,
+    plan: Plan,
     media: MediaSettings,
     encodes: bool,
     on_progress: Callable[[float], None],
 ) -> Vision | None:
+    """Return what images are taken with; None for a model of text alone."""
     model = plan.model_config.vision
     if model is None:
         return None
@@ -257,13 +212,12 @@ def _load_vision(
             model_id=plan.model_id,
             device=plan.device,
             dtype=plan.dtype,
-            num_threads=torch.get_num_threads(),
             on_progress=on_progress,
         )
     return make_vision(model, plan.dtype, media.cache_bytes, encoder)
 
 
-def _check_alike(plan: _Plan, config: EngineConfig, ranks: Ranks) -> None:
+def _check_alike(plan: Plan, config: EngineConfig, ranks: Ranks) -> None:
     """Raise ConfigError, on every rank, where ranks would compute different things."""
     ours = {
         "model": plan.model_id,
@@ -299,7 +253,7 @@ def _why_no_pool(device: torch.device) -> str:
 
 def _load_model(
     folder: Path,
-    plan: _Plan,
+    plan: Plan,
     config: EngineConfig,
     on_progress: Callable[[float], None],
     ranks: Ranks,

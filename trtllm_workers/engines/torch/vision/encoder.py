@@ -14,6 +14,10 @@ from trtllm_workers.errors import EngineError, MediaRejected
 
 Grid = tuple[int, int, int]
 
+# Of the thread that encodes. On a CPU a tower's sums come out a little different with another number, and
+# the same image must become the same bytes on every worker; nor must images take cores from running streams.
+NUM_THREADS = 1
+
 
 class Tower(Protocol):
     """A family's vision tower: ``rows`` are exactly what goes into the language model."""
@@ -25,8 +29,7 @@ class Tower(Protocol):
 class TowerEncoder:
     """See ``engines/base.py: ImageEncoder``.
 
-    Images are computed alone, so no image's rows depend on another's, with ``num_threads`` threads: those
-    of the thread that calls ``encode``.
+    Images are computed alone and with ``NUM_THREADS`` threads, so rows depend on pixels only.
     """
 
     def __init__(
@@ -36,13 +39,11 @@ class TowerEncoder:
         *,
         dtype: torch.dtype,
         identity: bytes,
-        num_threads: int,
     ) -> None:
         self._tower = tower
         self._model = model
         self._dtype = dtype
         self._row_bytes = model.hidden_size * dtype.itemsize
-        self._num_threads = num_threads
         self._fingerprint = blake2b(identity + str(dtype).encode(), digest_size=16).digest()
 
     @property
@@ -69,8 +70,8 @@ class TowerEncoder:
     def encode(
         self, pixels: memoryview, height: int, width: int, into: Sequence[memoryview]
     ) -> None:
-        if torch.get_num_threads() != self._num_threads:
-            torch.set_num_threads(self._num_threads)  # this thread's only
+        if torch.get_num_threads() != NUM_THREADS:
+            torch.set_num_threads(NUM_THREADS)  # of this thread alone
         with torch.inference_mode():
             rows = self._tower.rows(pixels, height, width)
             content = rows.to("cpu", self._dtype).contiguous().view(torch.uint8).view(-1)

@@ -63,7 +63,6 @@ def load_encoder(
     model_id: str,
     device: torch.device,
     dtype: torch.dtype,
-    num_threads: int,
     on_progress: Callable[[float], None],
 ) -> TowerEncoder:
     """Read a vision tower, and none of the language model's weights. Raises ConfigError."""
@@ -81,7 +80,6 @@ def load_encoder(
         model,
         dtype=dtype,
         identity=f"{model_id}\0{device.type}\0".encode() + processor.settings_bytes(folder),
-        num_threads=num_threads,
     )
 
 

@@ -20,21 +20,37 @@ from trtllm_workers.engines.base import Engine
 from trtllm_workers.errors import EngineError, RequestError
 from trtllm_workers.types import FinishReason, GenerateRequest, MediaItem, SamplingParams
 
-# Engines that can serve the folder of tests/fakes/seeing.py.
-SEEING = ("sim", "sim_small_pool", "trtllm")
+SEEING = ("sim", "sim_small_pool", "torch_vision", "trtllm")
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
+BLIND = tuple(kind for kind in KINDS if kind.name != "torch_vision")
+
+
 @pytest.fixture(scope="session")
-def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tower_less(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model for engines that compute no tower."""
     return make_seeing_model(tmp_path_factory.mktemp("seeing") / "model")
 
 
 @pytest.fixture(params=[kind for kind in KINDS if kind.name in SEEING], ids=lambda kind: kind.name)
-async def seeing(
-    request: pytest.FixtureRequest, seeing_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Harness]:
+def seeing_kind(request: pytest.FixtureRequest) -> EngineKind:
     kind: EngineKind = request.param
+    return kind
+
+
+@pytest.fixture
+def seeing_folder(
+    seeing_kind: EngineKind, tower_less: Path, vision_model: Callable[[str], Path]
+) -> Path:
+    return vision_model("qwen2_vl") if seeing_kind.engine == "torch" else tower_less
+
+
+@pytest.fixture
+async def seeing(
+    seeing_kind: EngineKind, seeing_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Harness]:
+    kind = seeing_kind
     made = Harness(replace(kind, write_checkpoint=_written), seeing_folder)
     with tensorrt_llm_stand_in() if kind.engine == "trtllm" else nullcontext():
         monkeypatch.setenv("FAKE_TRTLLM_NUM_GPUS", "1")
@@ -122,8 +138,9 @@ async def test_placeholders_and_images_must_be_each_other_s(seeing: Harness, ask
     engine = await seeing.start()
     red = keep_image(engine, b"r")
     good = ask("1", red)
+    pad = good.prompt_token_ids[good.media[0].offset]
     alone = msgspec.structs.replace(good, media=())
-    beside = msgspec.structs.replace(good, prompt_token_ids=[PAD, *good.prompt_token_ids])
+    beside = msgspec.structs.replace(good, prompt_token_ids=[pad, *good.prompt_token_ids])
     moved = msgspec.structs.replace(good.media[0], offset=good.media[0].offset - 1)
     early = msgspec.structs.replace(good, media=(moved,))
     for request in (alone, beside, early):
@@ -152,6 +169,7 @@ async def test_encoding_gives_what_was_planned_and_the_same_each_time(seeing: Ha
     assert len(encoder.fingerprint) == 16
 
 
+@pytest.mark.parametrize("engine_kind", BLIND, ids=lambda kind: kind.name)
 async def test_an_engine_of_a_text_model_takes_no_images(harness: Harness) -> None:
     engine, info = await harness.start_with_info()
     assert (info.vision, engine.media_store, engine.encoder) == (None, None, None)

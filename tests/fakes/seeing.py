@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from tests.fakes.tiny_models import make_tiny_checkpoint
+from trtllm_workers.config.vision_model import read_vision
 from trtllm_workers.engines.base import Engine
 from trtllm_workers.types import GenerateRequest, MediaItem, MediaKind, SamplingParams
 
@@ -83,7 +84,10 @@ def asked(
 ) -> GenerateRequest:
     """Return a request as the ingress makes it: rendered, tokenized, placeholders expanded."""
     tokenizer = tokenizer_of(folder)
-    text = content if content is not None else "look: " + " and ".join([PLACEHOLDER] * len(items))
+    vision = read_vision(folder)
+    assert vision is not None
+    pad, placeholder = vision.image_token_id, vision.placeholder
+    text = content if content is not None else "look: " + " and ".join([placeholder] * len(items))
     messages = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": text},
@@ -92,10 +96,10 @@ def asked(
     ids: list[int] = []
     media: list[MediaItem] = []
     for token in tokenizer(rendered, add_special_tokens=False).input_ids:
-        if token == PAD and len(media) < len(items):
+        if token == pad and len(media) < len(items):
             item = items[len(media)]
             media.append(msgspec.structs.replace(item, offset=len(ids)))
-            ids += [PAD] * item.num_tokens
+            ids += [pad] * item.num_tokens
         else:
             ids.append(token)
     return GenerateRequest(

@@ -27,13 +27,13 @@ _MAX_BYTES = 1 << 30
 _SHARE_OF_AVAILABLE = 8
 
 
-def prefault(pool: KvPool) -> int:
+def prefault(pool: KvPool, max_bytes: int = _MAX_BYTES) -> int:
     """Let the pages of the pool's first blocks be there; return how many bytes. Contents stay.
 
-    At most 1 GiB and an eighth of the memory that is available now. For pools that nobody uses yet.
+    At most ``max_bytes`` and an eighth of the memory that is available now. For pools that nobody uses yet.
     Where the kernel does not give pages, they come when first used.
     """
-    memory = pool.memory[: min(len(pool.memory), _MAX_BYTES, _available() // _SHARE_OF_AVAILABLE)]
+    memory = pool.memory[: min(len(pool.memory), max_bytes, _available() // _SHARE_OF_AVAILABLE)]
     if not len(memory):
         return 0
     first = ctypes.addressof(ctypes.c_char.from_buffer(memory))

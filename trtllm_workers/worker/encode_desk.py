@@ -139,7 +139,7 @@ class EncodeDesk:
     def _too_many(self, reference: MediaReference) -> MediaRejected:
         return MediaRejected(
             f"a request may have {self._max_items} images at most, those in files of embeddings counted one "
-            "by one (the operator can raise --max-media-items)",
+            "by one (the operator can raise --max-images)",
             param=reference.param,
         )
 

@@ -45,15 +45,15 @@ def check_role(role: Role, engine: Engine, info: EngineInfo, model: str) -> None
 
 
 async def open_media_transports(
-    wanted: str, role: Role, engine: Engine, *, worker_id: str, host: str
+    wanted: str, role: Role, engine: Engine, info: EngineInfo, *, worker_id: str, host: str
 ) -> tuple[KvTransport, ...]:
-    """Start the transports that move images' bytes; none of an engine that takes text only.
+    """Start the transports that move images' bytes; none of a worker that takes text only.
 
     Raises TransportUnavailable, which says what is missing and what to install. An aggregated worker needs
     no other worker, so there it is tcp then, with a word in the log.
     """
     store = engine.media_store
-    if store is None:
+    if store is None or info.vision is None:
         return ()
     try:
         transports = await _started(wanted, store, worker_id, host)
@@ -109,7 +109,7 @@ def join_media(
     ``loader`` is the built-in one unless another is given.
     """
     store = engine.media_store
-    if store is None:
+    if store is None or info.vision is None:
         return
     media = MediaDesk(
         worker_id,

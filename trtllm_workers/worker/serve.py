@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 STATS_INTERVAL_S = 1.0
 LEDGER_TIMEOUT_S = 5.0
+READY_FOR_IMAGES_BYTES = 256 << 20
 # How long the last chunks of aborted streams get to leave the engine and the socket.
 FLUSH_TIMEOUT_S = 2.0
 
@@ -177,6 +178,9 @@ async def serve_worker(settings: WorkerSettings) -> None:
             info = msgspec.structs.replace(info, vision=None)
         if engine.kv_pool is not None:
             await asyncio.to_thread(prefault, engine.kv_pool)
+        if engine.media_store is not None and info.vision is not None:
+            # Not all of it: what more images need gets its pages when it is used first.
+            await asyncio.to_thread(prefault, engine.media_store.pool, READY_FOR_IMAGES_BYTES)
         log.info("engine started", seconds=round(time.monotonic() - began_s, 2), **_summary(info))
         generates = settings.role is not Role.ENCODE
         no_kv_events: str | None = "role encode computes no prompt"
@@ -202,6 +206,7 @@ async def serve_worker(settings: WorkerSettings) -> None:
             settings.kv_transport,
             settings.role,
             engine,
+            info,
             worker_id=settings.worker_id,
             host=settings.advertise_host or settings.host,
         )

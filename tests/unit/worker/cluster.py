@@ -235,7 +235,7 @@ class Cluster:
         stack.push_async_callback(service.close)
         if loads is not None:
             moving = await open_media_transports(
-                media_transport, role, engine, worker_id=worker_id, host="127.0.0.1"
+                media_transport, role, engine, info, worker_id=worker_id, host="127.0.0.1"
             )
             for one in moving:
                 stack.push_async_callback(one.close)

@@ -36,7 +36,7 @@ class Batch:
     """One step's rows. ``last_rows`` are those whose logits are wanted.
 
     ``given`` are rows that go into the layers as they are, not by their token ids: (first row of the batch,
-    rows [count, hidden] in any memory). ``in_space`` are rows whose positions differ by axis.
+    rows [count, hidden] in any memory), in order. ``in_space`` are rows whose positions differ by axis.
     """
 
     token_ids: list[int]
@@ -133,9 +133,7 @@ class Model:
             window: AttentionPlan(memory, batch.spans, window, config.num_heads, self.min_rows)
             for window in set(config.windows)
         }
-        x = self._embedding.index_select(0, torch.tensor(batch.token_ids, device=device))
-        for first, given in batch.given:
-            x[first : first + given.shape[0]].copy_(given)
+        x = self._embed(batch)
         for index, layer in enumerate(self._layers[:num_layers]):
             x = self._attend(x, index, layer, rotation, slots, plans[layer.window], memory)
             x = self._transform(x, layer)
@@ -176,6 +174,20 @@ class Model:
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, (self.config.hidden_size,), weight, self.config.norm_eps)
+
+    def _embed(self, batch: Batch) -> torch.Tensor:
+        """Return what goes into the first layer: rows given, and embeddings of all other tokens."""
+        ids = torch.tensor(batch.token_ids, device=self.device)
+        if not batch.given:
+            return self._embedding.index_select(0, ids)
+        x = self._embedding.new_empty((len(batch.token_ids), self.config.hidden_size))
+        at = 0
+        for first, given in batch.given:
+            torch.index_select(self._embedding, 0, ids[at:first], out=x[at:first])
+            at = first + given.shape[0]
+            x[first:at].copy_(given)
+        torch.index_select(self._embedding, 0, ids[at:], out=x[at:])
+        return x
 
     def _turn_in_space(self, rotation: torch.Tensor, rows: InSpace) -> None:
         axes = [

@@ -10,9 +10,9 @@
   64 MiB file of embeddings. The difference of their times to the first token is what the file adds.
   Beside it, in the same rounds: reading the file into memory, and copying it once. The model (torch engine)
   has one layer and rows of 8,192 values, so that computing takes little of the time.
-* streams: 32 text streams, alone; with 100 image requests always in flight; and, to tell what is the
-  images' own, with 100 text requests as long as those. Every image is another one, 640 × 480. Gaps between
-  tokens as the client sees them. ``--engine sim`` (steps of 20 ms that cost no CPU) shows what loading,
+* streams: 32 text streams, alone; with 100 image requests always in flight, of 128 tokens each; and, to tell
+  what is the images' own, with 100 text requests as long as those. Every image is another one, 640 × 480.
+  Gaps between tokens as the client sees them. ``--engine sim`` (steps of 20 ms that cost no CPU) shows what loading,
   decoding and planes do to streams; torch shows a real model, whose prompts and towers share the cores
   with the streams.
 
@@ -44,6 +44,7 @@ MIB = 1 << 20
 STREAMS = 32
 IN_FLIGHT = 100
 STREAM_TOKENS = 250
+BESIDE_TOKENS = 128
 STEP_MS = 20
 SIM_COST = f"prefill:\n  per_token_us: 20\ndecode:\n  base_ms: {STEP_MS}\n"
 
@@ -184,16 +185,12 @@ def embeddings(folder: Path, rounds: int, size_mib: int) -> None:
     options += ["--set", "kv_cache_config.enable_block_reuse=false"]
     added, reads, copies, texts = [], [], [], []
     with deployed("aggregated", folder, options) as one:
-        # As many tokens of text: one word each, found by asking.
-        word, per_word = " a", _tokens_of(one, " a" * 200) - _tokens_of(one, " a" * 100)
-        words = word * (num_tokens * 100 // per_word)
+        wanted = _tokens_of(one, [_image(files[0])])
+        words = _words(one, wanted)
+        lengths = _tokens_of(one, words), wanted
         for number, file in enumerate(files):
-            _wake()
-            text_s = first_token_s(one.port, ask(f"{number}{words}", 1))
-            reference = {"type": "image_url", "image_url": {"url": str(file)}}
-            _wake()
-            file_s = first_token_s(one.port, ask([reference], 1))
-            _wake()
+            text_s = first_token_s(one.port, ask(words[number:] + words[:number], 1))
+            file_s = first_token_s(one.port, ask([_image(file)], 1))
             read_s, copy_s = read_and_copy_s(file, file.stat().st_size)
             if number:  # the first round touches pages and code
                 texts.append(text_s)
@@ -206,7 +203,9 @@ def embeddings(folder: Path, rounds: int, size_mib: int) -> None:
     print(
         f"| {size_mib} MiB of embeddings, {num_tokens} tokens, {rounds} rounds | |\n| --- | --- |"
     )
-    print(f"| prompt of as many text tokens: TTFT | {middle['text']:.1f} ms |")
+    print(
+        f"| prompt of text, {lengths[0]} tokens (with the file {lengths[1]}): TTFT | {middle['text']:.1f} ms |"
+    )
     print(
         f"| the file adds | {middle['added']:.1f} ms ({min(added) * 1e3:.1f}–{max(added) * 1e3:.1f}) |"
     )
@@ -214,17 +213,28 @@ def embeddings(folder: Path, rounds: int, size_mib: int) -> None:
     print(f"| added / (read + copy), aim ≤ 1.5 | {middle['added'] / limit:.2f} |", flush=True)
 
 
-def _wake() -> None:
-    """Keep the processor busy for a moment: one that has slept reads a file two to four times as slowly."""
-    end = time.perf_counter() + 0.1
-    while time.perf_counter() < end:
-        pass
+def _image(file: Path) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": str(file)}}
 
 
-def _tokens_of(one: Deployment, text: str) -> int:
+def _words(one: Deployment, num_tokens: int) -> str:
+    """Return a text of about so many tokens, template included, of all kinds: they are looked up too."""
+    dice, letters = random.Random(1), "abcdefghijklmnopqrstuvwxyz"
+    some = ["".join(dice.choices(letters, k=3)) + " " for _ in range(num_tokens)]
+    count, step = 0, 1 << 12
+    while step := step // 2:
+        if (
+            count + step < len(some)
+            and _tokens_of(one, "".join(some[: count + step])) <= num_tokens
+        ):
+            count += step
+    return "".join(some[:count])
+
+
+def _tokens_of(one: Deployment, content: Any) -> int:
     connection = http.client.HTTPConnection("127.0.0.1", one.port, timeout=120)
     try:
-        body = {**ask(text, 1), "stream": False}
+        body = {**ask(content, 1), "stream": False}
         connection.request(
             "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
         )
@@ -267,7 +277,7 @@ def streams(folder: Path, engine: str, rounds: int, options: list[str], name: st
     )
     pictures = [{"type": "image_url", "image_url": {"url": noise_url(dice)}} for _ in range(600)]
     images = write_bodies(
-        folder / "images.jsonl", [ask(["What?", one][1:], 4, **more) for one in pictures]
+        folder / "images.jsonl", [ask([one], BESIDE_TOKENS, **more) for one in pictures]
     )
     options = ["--engine", engine, "--model-path", str(model), *options]
     options += ["--set", "max_batch_size=256", "--set", "kv_cache_config.max_tokens=200000"]
@@ -277,9 +287,10 @@ def streams(folder: Path, engine: str, rounds: int, options: list[str], name: st
         options += ["--sim-cost-model", str(cost)]
     seen: dict[str, list[tuple[float, float, float]]] = {"alone": [], "text": [], "images": []}
     with deployed("aggregated", folder, options) as one, ExitStack():
-        num_tokens = _tokens_of(one, [pictures[0]])  # type: ignore[arg-type]
+        num_tokens = _tokens_of(one, [pictures[0]])
         longer = [
-            ask(f"[{number}]" + " a" * max(1, num_tokens - 20), 4, **more) for number in range(600)
+            ask(f"[{number}]" + " a" * max(1, num_tokens - 20), BESIDE_TOKENS, **more)
+            for number in range(600)
         ]
         beside = {
             "alone": None,
@@ -311,9 +322,10 @@ def _gaps(loadgen: Path, port: int, text: Path, beside: Path | None) -> tuple[fl
     common = [str(loadgen), "-p", str(port), "-w", "0", "-t", "120"]
     other = None
     if beside is not None:
-        argv = [*common, "-b", str(beside), "-c", str(IN_FLIGHT), "-d", "12"]
+        # One after the other, or all would begin again at the same time, again and again.
+        argv = [*common, "-b", str(beside), "-c", str(IN_FLIGHT), "-d", "10", "-R", "2500"]
         other = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
-        time.sleep(2)  # until they are all in flight
+        time.sleep(3)  # until they are all in flight
     try:
         argv = [*common, "-b", str(text), "-c", str(STREAMS), "-n", str(STREAMS)]
         done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=180)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-import re
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -30,18 +29,18 @@ from tests.e2e.parts import Parts
 
 VisionModel = Callable[[str], Path]
 SERVED = ("--served-model-name", "seer")
-KINDS = {
-    "decode_first": ("--disaggregated", "--strategy", "decode_first"),
-    "prefill_first": ("--disaggregated", "--strategy", "prefill_first"),
-    "encode_aggregated": ("--num-encode-workers", "1"),
-    "epd_decode_first": (
-        *("--disaggregated", "--strategy", "decode_first"),
-        *("--num-encode-workers", "1"),
-    ),
-    "epd_prefill_first": (
-        *("--disaggregated", "--strategy", "prefill_first"),
-        *("--num-encode-workers", "1"),
-    ),
+EPD = ("--disaggregated", "--num-encode-workers", "1")
+KINDS: dict[str, list[tuple[str, ...]]] = {
+    "llava": [EPD],
+    "qwen2_5_vl": [(*EPD, "--strategy", "prefill_first")],
+    "qwen2_vl": [
+        ("--disaggregated", "--strategy", "decode_first"),
+        ("--disaggregated", "--strategy", "prefill_first"),
+        ("--num-encode-workers", "1"),
+        (*EPD, "--strategy", "decode_first", "--kv-transport", "nixl"),
+        (*EPD, "--strategy", "prefill_first", "--kv-transport", "tcp"),
+        (*EPD, "--kv-transport", "ucx", "--max-local-prefill-length", "4096"),
+    ],
 }
 
 
@@ -52,6 +51,11 @@ def start(bench: Workbench, model: Path, *options: str, **environ: str) -> tuple
         *options,
         **environ,
     )
+
+
+def fetches(parts: Parts) -> bool:
+    """Whether a worker has taken embeddings from another one."""
+    return parts.metric("media_fetch_bytes_total") > 0
 
 
 @pytest.fixture
@@ -82,51 +86,34 @@ def test_answers_are_those_of_an_aggregated_worker(
     assert len(set(expected)) == len(expected), "the answers do not depend on the images"
     run.signal(signal.SIGINT)
     run.wait_end()
-    kinds = KINDS if family == "qwen2_vl" else {"epd": KINDS["epd_decode_first"]}
-    for kind, options in kinds.items():
+    for options in KINDS[family]:
         run, url = start(bench, model, *options)
         for _round in range(2):
             with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
                 answers = list(pool.map(partial(text_of, url), bodies))
-            assert answers == expected, kind
+            assert answers == expected, options
         parts = Parts(bench)
         parts.url = url
         assert parts.metric("prefill_fallbacks_total") == 0
+        if "--num-encode-workers" in options:
+            parts.wait(partial(fetches, parts), "fetched")
         parts.wait_no_block_held()
         run.signal(signal.SIGINT)
         run.wait_end()
     bench.wait_empty()
 
 
-@pytest.mark.parametrize("transport", ["ucx", "nixl", "tcp"])
-def test_embeddings_travel_by_each_transport(
-    bench: Workbench, vision_model: VisionModel, pictures: list[Path], transport: str
+def test_a_file_of_embeddings_gives_the_tokens_of_its_image(
+    bench: Workbench, vision_model: VisionModel, pictures: list[Path]
 ) -> None:
     model = vision_model("qwen2_vl")
-    run, url = start(bench, model)
-    bodies = bodies_about(pictures)
-    expected = [text_of(url, body) for body in bodies]
-    run.signal(signal.SIGINT)
-    run.wait_end()
-    _, url = start(bench, model, *KINDS["epd_decode_first"], "--kv-transport", transport)
-    assert [text_of(url, body) for body in bodies] == expected
-    parts = Parts(bench)
-    parts.url = url
-    parts.wait(lambda: parts.metric("media_fetch_bytes_total") > 0, "fetched")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_file_of_embeddings_gives_the_tokens_of_its_image(
-    bench: Workbench, vision_model: VisionModel, pictures: list[Path], family: str
-) -> None:
-    model = vision_model(family)
     files = []
     for path in pictures[:2]:
         made = path.with_suffix(".safetensors")
         embed = bench.run("embed", "--model", str(model), str(path), "-o", str(made))
         assert embed.popen.returncode == 0, embed.output
         files.append(made)
-    _, url = start(bench, model, *KINDS["epd_decode_first"])
+    _, url = start(bench, model, *EPD)
     for image, file in zip(pictures, files, strict=False):
         seen = ask(url, chat("seer", "What is this?", str(image))).json()
         told = ask(url, chat("seer", "What is this?", file.as_uri())).json()
@@ -217,9 +204,7 @@ def test_a_text_model_refuses_images(served: str) -> None:
 def test_a_dead_encode_worker_is_replaced_by_the_next(
     bench: Workbench, vision_model: VisionModel, pictures: list[Path]
 ) -> None:
-    _, url = start(
-        bench, vision_model("qwen2_vl"), *KINDS["epd_decode_first"], "--num-encode-workers", "2"
-    )
+    _, url = start(bench, vision_model("qwen2_vl"), "--disaggregated", "--num-encode-workers", "2")
     bodies = [chat("seer", "What is this?", str(path)) for path in pictures]
     expected = [text_of(url, body) for body in bodies]
     stop = False
@@ -245,13 +230,16 @@ def test_a_dead_encode_worker_is_replaced_by_the_next(
 def test_without_an_encode_worker_text_goes_on(
     bench: Workbench, vision_model: VisionModel, pictures: list[Path]
 ) -> None:
-    _, url = start(
-        bench,
-        vision_model("qwen2_vl"),
-        *("--num-encode-workers", "1", "--max-restarts", "0"),
-    )
-    assert text_of(url, chat("seer", "Hello", str(pictures[0])))
-    os.kill(bench.pid_of("encode-0"), signal.SIGKILL)
-    answer = ask(url, chat("seer", "Hello", str(pictures[1])))
-    assert answer.status_code == 503
-    assert re.search("encode", answer.json()["error"]["message"])
+    common = ("--engine", "torch", "--model-path", str(vision_model("qwen2_vl")), *SERVED)
+    parts = Parts(bench, *common, "--allowed-local-media-path", str(bench.path))
+    url = parts.ingress("--model-path", str(vision_model("qwen2_vl")))
+    parts.worker("aggregated", "maker", "--encodes", "off")
+    encoder = parts.worker("encode", "encoder")
+    about = chat("seer", "Hello", str(pictures[0]))
+    parts.wait(lambda: ask(url, about).status_code == 200, "encoding")
+    encoder.signal(signal.SIGKILL)
+    parts.wait(lambda: ask(url, about).status_code == 503, "without an encode worker")
+    assert "no encode worker" in ask(url, about).json()["error"]["message"]
+    assert text_of(url, chat("seer", "Hello"))
+    parts.worker("encode", "another")
+    parts.wait(lambda: ask(url, about).status_code == 200, "encoding again")

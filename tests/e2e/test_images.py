@@ -232,7 +232,7 @@ def test_without_an_encode_worker_text_goes_on(
 ) -> None:
     common = ("--engine", "torch", "--model-path", str(vision_model("qwen2_vl")), *SERVED)
     parts = Parts(bench, *common, "--allowed-local-media-path", str(bench.path))
-    url = parts.ingress("--model-path", str(vision_model("qwen2_vl")))
+    url = parts.ingress()
     parts.worker("aggregated", "maker", "--encodes", "off")
     encoder = parts.worker("encode", "encoder")
     about = chat("seer", "Hello", str(pictures[0]))

@@ -154,9 +154,9 @@ async def test_a_holder_that_dies_ends_the_request_at_once(tmp_path: Path, phase
             assert "e0" in message
         gate.open.set()
         await on.settled()
+        await until(lambda: parts(agg)[1].fetcher.num_links == 0)
         assert gate.num_closed == gate.num_links
         assert media_stats(agg).failures == [("fetch", "media_gone", 1)]
-        assert parts(agg)[1].fetcher.num_links == 0
 
 
 async def test_an_ingress_that_is_lost_leaves_no_fetch_behind(tmp_path: Path) -> None:

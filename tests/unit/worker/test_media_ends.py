@@ -187,7 +187,7 @@ async def test_a_read_that_fails_is_told_and_the_next_one_connects_anew(tmp_path
         assert "the wire broke" in message
         gate.error = None
         await on.made.answer(on.made.submit(request_with(items), "a0"))
-        assert (gate.num_links, gate.num_closed) == (2, 1)
+        await until(lambda: (gate.num_links, gate.num_closed) == (2, 1))
         assert seen(agg) == [[CONTENTS[0]]]
         await on.settled()
 

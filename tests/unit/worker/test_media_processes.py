@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from tests.unit.worker.media_cluster import TRANSPORTS, Gate, at_rest, media_stats, seen, stage
-from tests.unit.worker.media_stage import ROW_BYTES, make_store, pattern, request_with
+from tests.unit.worker.media_stage import ROW_BYTES, make_store, pattern, request_with, until
 from trtllm_workers.types import MediaItem, Role
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -83,4 +83,4 @@ async def test_a_holder_that_is_killed_while_it_is_read_ends_the_request(
             code, _ = await on.failure(on.made.submit(request_with([item], text=5), "a0"))
             assert code == "media_gone"
         await on.settled()
-        assert gate.num_closed == gate.num_links
+        await until(lambda: gate.num_closed == gate.num_links)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -40,13 +41,14 @@ BASH = [
 
 
 @pytest.mark.parametrize("block", BASH)
-def test_every_bash_block_runs(block: str) -> None:
+def test_every_bash_block_runs(block: str, tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # what mktemp leaves goes with it
     )
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}{done.stderr}"
 

@@ -20,6 +20,10 @@ from trtllm_workers.config.image_sizes import (
     select_tokens,
 )
 from trtllm_workers.errors import ConfigError, MediaRejected
+from trtllm_workers.types import VisionInfo
+
+# Of the values that rows of embeddings can have.
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Size = tuple[int, Grid | None]
 
@@ -62,6 +66,19 @@ class VisionModel:
     spatial_merge_size: int = 1
     uses_grid: bool = False
     _count: Callable[[int, int], Size] | None = field(default=None, repr=False, compare=False)
+
+    def info(self, dtype: str, *, encodes: bool) -> VisionInfo:
+        """Return what an engine that serves it tells; a ``dtype`` that rows cannot have becomes bfloat16."""
+        return VisionInfo(
+            family=self.family,
+            image_token_id=self.image_token_id,
+            placeholder=self.placeholder,
+            hidden_size=self.hidden_size,
+            dtype=dtype if dtype in VALUE_BYTES else "bfloat16",
+            encodes=encodes,
+            images=self.counts_tokens,
+            uses_grid=self.uses_grid,
+        )
 
     @property
     def counts_tokens(self) -> bool:

@@ -202,6 +202,18 @@ class MediaStore:
             self._free = sorted((*self._free, *block_ids))
 
 
+def byte_store(cache_bytes: int) -> MediaStore:
+    """Return a store of bytes, for engines that keep images and rows of any width side by side."""
+    rows_per_block, row_bytes = 16, 4096
+    return MediaStore(
+        num_blocks=max(1, cache_bytes // (rows_per_block * row_bytes)),
+        rows_per_block=rows_per_block,
+        row_size=row_bytes,
+        dtype="uint8",
+        value_bytes=1,
+    )
+
+
 def _pages(num_bytes: int) -> mmap.mmap:
     # Untouched pages cost nothing: the kernel gives them when they are written first.
     pages = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -21,7 +21,7 @@ from trtllm_workers.engines.base import EngineOptions, generate
 from trtllm_workers.engines.registry import build_engine
 from trtllm_workers.engines.sim.cost import CostModel
 from trtllm_workers.engines.sim.engine import SimEngine
-from trtllm_workers.engines.sim.images import SimEncoder, vision_of
+from trtllm_workers.engines.sim.images import SimEncoder
 from trtllm_workers.engines.sim.settings import KEYS
 from trtllm_workers.errors import EngineError, MediaRejected, NotSupported, RequestError
 from trtllm_workers.types import (
@@ -255,7 +255,7 @@ def encoder_of(model: Path, sleep: Callable[[float], None], **cost: Any) -> SimE
     found = read_vision(model)
     assert found is not None
     costs = CostModel(**{"encode_ms_per_image": 0.0, "encode_us_per_token": 0.0, **cost})
-    return SimEncoder(found, vision_of(found, encodes=True), "m", costs, sleep)
+    return SimEncoder(found, found.info(found.dtype, encodes=True), "m", costs, sleep)
 
 
 def rows(encoder: SimEncoder, color: bytes, side: int = 56, *cuts: int) -> bytes:
@@ -293,7 +293,7 @@ def test_fingerprints_tell_models_apart(model: Path) -> None:
     encoder = encoder_of(model, lambda _seconds: None)
     found = read_vision(model)
     assert found is not None
-    other = SimEncoder(found, vision_of(found, encodes=True), "n", CostModel())
+    other = SimEncoder(found, found.info(found.dtype, encodes=True), "n", CostModel())
     assert other.fingerprint != encoder.fingerprint
     assert encoder.check_grid(4, (1, 2, 2)) == (1, 2, 2)
     with pytest.raises(MediaRejected, match="does not make 5"):

@@ -20,7 +20,7 @@ from trtllm_workers.engines.base import (
 from trtllm_workers.engines.sim.checkpoint import read_checkpoint
 from trtllm_workers.engines.sim.cost import CostModel, load_cost
 from trtllm_workers.engines.sim.handoffs import Handoffs
-from trtllm_workers.engines.sim.images import SimEncoder, media_store_of, vision_of
+from trtllm_workers.engines.sim.images import SimEncoder
 from trtllm_workers.engines.sim.kv_memory import ORDER, map_pool
 from trtllm_workers.engines.sim.pool import BlockPool
 from trtllm_workers.engines.sim.scheduler import OnHeld, Scheduler
@@ -29,7 +29,7 @@ from trtllm_workers.engines.sim.stream import Phase, Purpose, Stream, nothing_he
 from trtllm_workers.engines.sim.tokens import Vocabulary
 from trtllm_workers.errors import ConfigError, EngineDead, EngineError, NotSupported
 from trtllm_workers.transfer.base import KvPool
-from trtllm_workers.transfer.media_store import MediaStore
+from trtllm_workers.transfer.media_store import MediaStore, byte_store
 from trtllm_workers.types import (
     EngineInfo,
     EngineStats,
@@ -132,7 +132,7 @@ class SimEngine:
         )
         eos = checkpoint.eos_token_ids
         model = read_vision(self._options.model_path)
-        vision = None if model is None else vision_of(model, encodes=self._options.encodes)
+        vision = None if model is None else model.info(model.dtype, encodes=self._options.encodes)
         info = EngineInfo(
             kv_events=True,
             engine="sim",
@@ -152,7 +152,7 @@ class SimEngine:
             vision=vision,
         )
         if model is not None and vision is not None:
-            self._media = media_store_of(self._options.media)
+            self._media = byte_store(self._options.media.cache_bytes)
             if self._options.encodes:
                 self._encoder = SimEncoder(model, vision, checkpoint.model_id, cost)
         pool = BlockPool(num_blocks)

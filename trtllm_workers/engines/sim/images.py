@@ -6,46 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from hashlib import blake2b, shake_128
 
-from trtllm_workers.config.media import MediaSettings
-from trtllm_workers.config.vision_model import VisionModel
+from trtllm_workers.config.vision_model import VALUE_BYTES, VisionModel
 from trtllm_workers.engines.base import ImagePlan
 from trtllm_workers.engines.sim.cost import CostModel
-from trtllm_workers.transfer.media_store import MediaStore
 from trtllm_workers.types import VisionInfo
 
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_DEFAULT_DTYPE = "bfloat16"
-# A store's blocks are bytes: 64 KiB each, whatever the model.
-_ROW_BYTES, _ROWS_PER_BLOCK = 4096, 16
 # Embeddings repeat themselves after so many values: a prime, so that shifted rows are other rows.
 _PERIOD_VALUES = 8191
 # The highest byte of every value, little-endian: a finite number of about 1 in each of the dtypes.
 _HIGHEST = 0x3F
-
-
-def vision_of(model: VisionModel, *, encodes: bool) -> VisionInfo:
-    """Return what the simulator tells of a model's eyes."""
-    return VisionInfo(
-        family=model.family,
-        image_token_id=model.image_token_id,
-        placeholder=model.placeholder,
-        hidden_size=model.hidden_size,
-        dtype=model.dtype if model.dtype in _VALUE_BYTES else _DEFAULT_DTYPE,
-        encodes=encodes,
-        images=model.counts_tokens,
-        uses_grid=model.uses_grid,
-    )
-
-
-def media_store_of(settings: MediaSettings) -> MediaStore:
-    """Return room for as many bytes as the settings allow."""
-    return MediaStore(
-        num_blocks=max(1, settings.cache_bytes // (_ROW_BYTES * _ROWS_PER_BLOCK)),
-        rows_per_block=_ROWS_PER_BLOCK,
-        row_size=_ROW_BYTES,
-        dtype="uint8",
-        value_bytes=1,
-    )
 
 
 class SimEncoder:
@@ -60,7 +29,7 @@ class SimEncoder:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._model = model
-        self._value_bytes = _VALUE_BYTES[vision.dtype]
+        self._value_bytes = VALUE_BYTES[vision.dtype]
         self._row_bytes = vision.hidden_size * self._value_bytes
         self._cost = cost
         self._sleep = sleep

@@ -23,7 +23,7 @@ from trtllm_workers.engines.event_log import KvEventLog
 from trtllm_workers.engines.trtllm.api import Api, load_api
 from trtllm_workers.engines.trtllm.books import Books
 from trtllm_workers.engines.trtllm.failures import in_words
-from trtllm_workers.engines.trtllm.images import RgbEncoder, media_store_of, vision_of
+from trtllm_workers.engines.trtllm.images import RgbEncoder, vision_of
 from trtllm_workers.engines.trtllm.log_marker import LogMarker
 from trtllm_workers.engines.trtllm.media_api import first_text, load_media_api
 from trtllm_workers.engines.trtllm.media_prompts import MediaPrompts
@@ -45,7 +45,7 @@ from trtllm_workers.errors import (
 )
 from trtllm_workers.lint.engine_config import nested
 from trtllm_workers.transfer.base import KvPool
-from trtllm_workers.transfer.media_store import MediaStore
+from trtllm_workers.transfer.media_store import MediaStore, byte_store
 from trtllm_workers.types import (
     EngineInfo,
     EngineStats,
@@ -175,7 +175,7 @@ class TrtllmEngine:
     def _open_eyes(self, eyes: VisionModel, vision: VisionInfo, model: HfModel) -> MediaPrompts:
         """Make room for images, and what turns them into inputs. Imports; runs in a thread."""
         media = load_media_api(encoder=False)
-        store = self._media = media_store_of(self._options.media)
+        store = self._media = byte_store(self._options.media.cache_bytes)
         if vision.encodes:
             self._encoder = RgbEncoder(eyes, model.config_id)
         return MediaPrompts(media, vision, store, first_text(media, self._options.model_path))
@@ -206,7 +206,7 @@ class TrtllmEngine:
         if self._closed:
             await self._shut_down()
             raise EngineDead("the engine was closed while it loaded")
-        self._media = media_store_of(self._options.media)
+        self._media = byte_store(self._options.media.cache_bytes)
         self._options.on_progress(1.0)
         self._info = engine_info(
             self._options.config, self._own, model, path, num_blocks=0, kv_wire="", vision=vision

@@ -5,49 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from trtllm_workers.config.media import MediaSettings
 from trtllm_workers.config.vision_model import VisionModel
 from trtllm_workers.engines.base import ImagePlan
 from trtllm_workers.errors import NotSupported
-from trtllm_workers.transfer.media_store import MediaStore
 from trtllm_workers.types import GenerateRequest, MediaKind, VisionInfo
 
 # Models whose input processors are known to attach embeddings that were made elsewhere (mistral3 and qwen:
 # not verified; one that does not refuses the request). llama4's takes them only with special tokens and their
 # places among the rows, which items do not carry.
 FAMILIES = ("llava_next", "mistral3", "qwen2_5_vl", "qwen2_vl")
-VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_DEFAULT_DTYPE = "bfloat16"
-# A store's blocks are bytes, 64 KiB each: images and rows of embeddings lie side by side.
-_ROW_BYTES, _ROWS_PER_BLOCK = 4096, 16
 
 
 def vision_of(model: VisionModel, dtype: str, *, encodes: bool) -> VisionInfo | None:
     """Return what this engine tells of a model's eyes; None: TensorRT-LLM serves its text only."""
     if model.family not in FAMILIES:
         return None
-    dtype = model.dtype if dtype == "auto" else dtype
-    return VisionInfo(
-        family=model.family,
-        image_token_id=model.image_token_id,
-        placeholder=model.placeholder,
-        hidden_size=model.hidden_size,
-        dtype=dtype if dtype in VALUE_BYTES else _DEFAULT_DTYPE,
-        encodes=encodes,
-        images=model.counts_tokens,
-        uses_grid=model.uses_grid,
-    )
-
-
-def media_store_of(settings: MediaSettings) -> MediaStore:
-    """Return room for as many bytes as the settings allow."""
-    return MediaStore(
-        num_blocks=max(1, settings.cache_bytes // (_ROW_BYTES * _ROWS_PER_BLOCK)),
-        rows_per_block=_ROWS_PER_BLOCK,
-        row_size=_ROW_BYTES,
-        dtype="uint8",
-        value_bytes=1,
-    )
+    return model.info(model.dtype if dtype == "auto" else dtype, encodes=encodes)
 
 
 def salt_of(request: GenerateRequest) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trtllm_workers.config.vision_model import VALUE_BYTES
 from trtllm_workers.engines.acceptance import pin_media, unpin_media
 from trtllm_workers.engines.trtllm.entries import Entry
-from trtllm_workers.engines.trtllm.images import VALUE_BYTES
 from trtllm_workers.engines.trtllm.media_api import MediaApi
 from trtllm_workers.errors import EngineError, RequestError
 from trtllm_workers.transfer.media_store import Entry as Kept

@@ -13,11 +13,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from trtllm_workers.config.vision_model import VisionModel
+from trtllm_workers.config.vision_model import VALUE_BYTES, VisionModel
 from trtllm_workers.engines.base import ImagePlan
 from trtllm_workers.engines.trtllm.api import Api
 from trtllm_workers.engines.trtllm.failures import SUSPICIOUS_FAILURES, in_words, is_fatal
-from trtllm_workers.engines.trtllm.images import VALUE_BYTES
 from trtllm_workers.engines.trtllm.media_api import MediaApi
 from trtllm_workers.errors import ConfigError, EngineError
 from trtllm_workers.types import VisionInfo

@@ -43,15 +43,7 @@ def make_vision(
         dtype=name,
         value_bytes=dtype.itemsize,
     )
-    info = VisionInfo(
-        family=model.family,
-        image_token_id=model.image_token_id,
-        placeholder=model.placeholder,
-        hidden_size=model.hidden_size,
-        dtype=name,
-        encodes=encoder is not None,
-        uses_grid=model.uses_grid,
-    )
+    info = model.info(name, encodes=encoder is not None)
     memory = torch.frombuffer(store.pool.memory, dtype=dtype)
     return Vision(info, store, memory.view(-1, model.hidden_size), encoder)
 
